@@ -1,0 +1,201 @@
+"""The walk over the blocks: Algorithm A1 of the paper, one block in memory at a time."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor, nn
+
+from bisup_lightning.calibrate.events import WalkCallback
+from bisup_lightning.calibrate.run_store import RunStore
+from bisup_lightning.calibrate.solvers import Block, Solver
+from bisup_lightning.data.layer_inputs import LayerInputs
+from bisup_lightning.model.block import fuse_layer, stored_tensors
+from bisup_lightning.model.blockwise import PROMPT, BlockwiseModel, run_layer
+from bisup_lightning.model.family import DECODER_INPUTS, layer_prefix
+from bisup_lightning.model.kv import BlockKV, KeyValue, PromptKV
+from bisup_lightning.quant.spec import Precision
+
+MakeTrainer = Callable[[int, int], Trainer]
+
+
+@dataclass(frozen=True)
+class BlockResult:
+    """A finished block.
+
+    Args:
+        index: Its place in the model.
+        tensors: What the artifact holds of it, by full name: packed weights, scales, clips, norms, the prompt's K and V.
+        loss_initial: Mean square error of the start (rounding with grid-searched clips).
+        loss_final: Mean square error of the fused block.
+        relative_mse: `loss_final` over the mean square of the full-precision output.
+        kept_start: Whether learning found nothing better than the start.
+        seconds: Time from reading the block to both streams standing behind it.
+    """
+
+    index: int
+    tensors: Mapping[str, Tensor]
+    loss_initial: float
+    loss_final: float
+    relative_mse: float
+    kept_start: bool
+    seconds: float
+
+    def metrics(self) -> dict[str, float | int | bool]:
+        """The entry of results.json."""
+        return {
+            "index": self.index,
+            "loss_initial": self.loss_initial,
+            "loss_final": self.loss_final,
+            "mse": self.loss_final,
+            "relative_mse": self.relative_mse,
+            "kept_start": self.kept_start,
+            "seconds": self.seconds,
+        }
+
+
+class BlockWalk:
+    """Calibrates the blocks of a model in order.
+
+    Args:
+        model: The full-precision model.
+        precision: The quantizers.
+        solver: How each block is solved.
+        store: Where finished blocks go.
+        prompt_ids: Token ids of the high-precision prompt; may be empty.
+        batch_size: Sequences in a batch.
+        seed: Seed of all that is drawn.
+        callbacks: What else happens, and when.
+        make_trainer: Makes a fresh Trainer from a block's index and a number of epochs.
+    """
+
+    def __init__(
+        self,
+        model: BlockwiseModel,
+        precision: Precision,
+        solver: Solver,
+        store: RunStore,
+        prompt_ids: Sequence[int],
+        batch_size: int,
+        seed: int,
+        callbacks: Sequence[Callback],
+        make_trainer: MakeTrainer,
+    ) -> None:
+        self.model, self.precision, self.solver, self.store = model, precision, solver, store
+        self.batch_size, self.seed = batch_size, seed
+        self.prompt_ids = list(prompt_ids)
+        self.callbacks, self.make_trainer = callbacks, make_trainer
+        self.inputs: LayerInputs
+        self.prompt_1PD: Tensor
+        self.next_block = 0
+
+    def begin(self, tokens_NT: Tensor) -> None:
+        """Stand before the first block: both streams are the embedded tokens."""
+        self.resume(0, self.model.embed(tokens_NT), None, self.model.embed(torch.tensor([self.prompt_ids]).long()))
+
+    def resume(self, next_block: int, x_fp: Tensor, x_q: Tensor | None, prompt_1PD: Tensor) -> None:
+        """Stand before any block, with the streams [N, T, D] and the prompt's hidden states [1, P, D] there."""
+        # The streams live where blocks compute if all three copies of a step fit with room to spare, else on the host.
+        room = torch.cuda.mem_get_info(self.model.device)[0] if self.model.device.type == "cuda" else 0
+        home = self.model.device if 6 * x_fp.nbytes < room else torch.device("cpu")
+        x_fp = x_fp.to(home)
+        x_q = x_fp.clone() if x_q is None else x_q.to(home)
+        self.inputs = LayerInputs(x_fp, x_q, self.model.device, self.batch_size)
+        self.prompt_1PD, self.next_block = prompt_1PD, next_block
+
+    def run(self) -> None:
+        """Walk from where it stands to the last block."""
+        self._tell("on_walk_start")
+        for index in range(self.next_block, self.model.num_layers):
+            self._tell("on_block_start", index)
+            result = self.calibrate(index)
+            self.next_block = index + 1
+            self._tell("on_block_end", result)
+        self._tell("on_walk_end")
+
+    def calibrate(self, index: int) -> BlockResult:
+        """Solve one block and advance both streams behind it."""
+        started = time.perf_counter()
+        length, prompt_length = self.inputs.fp.shape[1], len(self.prompt_ids)
+        tensors = self.model.layer_tensors(index)
+        positions = self.model.positions(index, length, prompt_length)
+
+        fp_layer = self.model.layer(index, tensors)
+        prompt = self._advance_prompt(index, fp_layer)
+        fp_kv = BlockKV(None, prompt)
+        absmax = _record_absmax(fp_layer)
+        self.inputs.advance_fp(lambda hidden_BTD: run_layer(fp_layer, hidden_BTD, positions, fp_kv))
+
+        block = Block(
+            index=index,
+            model=self.model,
+            tensors=tensors,
+            precision=self.precision,
+            activation_clip=self.solver.activation_clip,
+            inputs=self.inputs,
+            batch_size=self.batch_size,
+            positions=positions,
+            kv=BlockKV(self.precision.kv, prompt),
+            absmax=absmax,
+            seed=self.seed + 1009 * index,
+            make_trainer=lambda epochs: self.make_trainer(index, epochs),
+        )
+        start = fuse_layer(block.start())
+        outputs, loss_initial = self.inputs.outputs_q(block.run(start))
+        layer, loss = start, loss_initial
+        solved = self.solver.solve(block)
+        if solved is not None:
+            solved_outputs, solved_loss = self.inputs.outputs_q(block.run(solved))
+            if solved_loss < loss_initial:  # false for NaN, too
+                layer, outputs, loss = solved, solved_outputs, solved_loss
+        self.inputs.advance_q(outputs)
+        return BlockResult(
+            index=index,
+            tensors=self._stored(index, layer, prompt),
+            loss_initial=loss_initial,
+            loss_final=loss,
+            relative_mse=loss / self.inputs.mean_square_target(),
+            kept_start=layer is start,
+            seconds=time.perf_counter() - started,
+        )
+
+    def _advance_prompt(self, index: int, fp_layer: nn.Module) -> KeyValue | None:
+        """The prompt's keys and values in a block, as they will be stored."""
+        if not self.prompt_ids:
+            return None
+        self.prompt_1PD, (key, value) = self.model.encode_prompt(index, fp_layer, self.prompt_1PD)
+        storage = self.model.storage_dtype
+        return key.to(storage).to(key.dtype), value.to(storage).to(value.dtype)
+
+    def _stored(self, index: int, layer: nn.Module, prompt: KeyValue | None) -> dict[str, Tensor]:
+        storage = self.model.storage_dtype
+        assert storage is not None
+        tensors = {layer_prefix(index) + name: tensor for name, tensor in stored_tensors(layer, storage).items()}
+        if prompt is not None:
+            names = PromptKV.names(index)
+            tensors |= {PROMPT + name: tensor.to(storage) for name, tensor in zip(names, prompt, strict=True)}
+        return tensors
+
+    def _tell(self, event: str, *arguments: object) -> None:
+        for callback in self.callbacks:
+            if isinstance(callback, WalkCallback):
+                getattr(callback, event)(self, *arguments)
+
+
+def _record_absmax(fp_layer: nn.Module) -> dict[str, Tensor]:
+    """A dictionary that fills, while the layer runs, with the largest magnitude of each norm output's channels [I]."""
+    absmax: dict[str, Tensor] = {}
+
+    def record(name: str) -> Callable[[nn.Module, object, Tensor], None]:
+        def hook(module: nn.Module, inputs: object, y_BTI: Tensor) -> None:
+            largest_I = y_BTI.detach().abs().flatten(0, -2).amax(0).float()
+            absmax[name] = torch.maximum(absmax[name], largest_I) if name in absmax else largest_I
+
+        return hook
+
+    for entry in DECODER_INPUTS:
+        if entry.norm is not None:
+            fp_layer.get_submodule(entry.norm).register_forward_hook(record(entry.norm))
+    return absmax

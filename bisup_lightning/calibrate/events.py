@@ -1,0 +1,26 @@
+"""What a callback of the walk can hear: Lightning's own events inside a block, and these between blocks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lightning.pytorch import Callback
+
+if TYPE_CHECKING:
+    from bisup_lightning.calibrate.driver import BlockResult, BlockWalk
+
+
+class WalkCallback(Callback):
+    """A Lightning callback that also hears of the walk over the blocks."""
+
+    def on_walk_start(self, walk: BlockWalk) -> None:
+        """Before the first block of this process."""
+
+    def on_block_start(self, walk: BlockWalk, index: int) -> None:
+        """Before a block is read."""
+
+    def on_block_end(self, walk: BlockWalk, result: BlockResult) -> None:
+        """When a block is fused and both streams stand behind it."""
+
+    def on_walk_end(self, walk: BlockWalk) -> None:
+        """After the last block."""

@@ -1,0 +1,247 @@
+"""One run from checkpoint to artifact: check, walk, assemble, evaluate. Every step finds what an earlier try left."""
+
+import json
+import platform
+import resource
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+import transformers
+from lightning.pytorch import Callback, Trainer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+import bisup_lightning
+from bisup_lightning.calibrate.driver import BlockWalk
+from bisup_lightning.calibrate.run_store import BLOCK, RunStore
+from bisup_lightning.calibrate.solvers import Solver
+from bisup_lightning.data import corpus
+from bisup_lightning.data.corpus import CalibrationData
+from bisup_lightning.data.prompt import Prompt
+from bisup_lightning.errors import UserError
+from bisup_lightning.evaluate.perplexity import Evaluation, evaluate
+from bisup_lightning.files import sha256, write_json
+from bisup_lightning.hub.quantizer import BisupConfig
+from bisup_lightning.hub.save import save_model
+from bisup_lightning.model.block import check_group_sizes
+from bisup_lightning.model.blockwise import BlockwiseModel
+from bisup_lightning.model.checkpoint import resolve
+from bisup_lightning.quant.spec import Precision
+
+RESULTS = "results.json"
+
+
+@dataclass
+class Job:
+    """What `fit` was asked for.
+
+    Args:
+        checkpoint: Folder or hub id.
+        run_dir: Where all output goes.
+        precision: The quantizers.
+        solver: How each block is solved.
+        data: The calibration text.
+        prompt: The high-precision prompt.
+        evaluation: What is measured at the end.
+        seed: Seed of all that is drawn.
+        callbacks: What else happens during the walk.
+        make_trainer: Makes a fresh Trainer from a block's index and a number of epochs.
+        device: Where blocks compute.
+        settings: The resolved configuration as far as the result depends on it, by key.
+        config_yaml: The whole resolved configuration.
+    """
+
+    checkpoint: str
+    run_dir: Path
+    precision: Precision
+    solver: Solver
+    data: CalibrationData
+    prompt: Prompt
+    evaluation: Evaluation
+    seed: int
+    callbacks: Sequence[Callback]
+    make_trainer: Callable[[int, int], Trainer]
+    device: torch.device
+    settings: Mapping[str, Any]
+    config_yaml: str
+
+
+def evaluation_dtype(fp: BlockwiseModel) -> torch.dtype:
+    """What models compute in when measured and when loaded: the checkpoint's own dtype, or float32 on a CPU."""
+    assert fp.storage_dtype is not None
+    return torch.float32 if fp.device.type == "cpu" else fp.storage_dtype
+
+
+def fit(job: Job) -> dict[str, Any]:
+    """Quantize a checkpoint, or go on with what an interrupted run left; a finished one returns at once.
+
+    Returns:
+        The content of results.json.
+
+    Raises:
+        UserError: If something that the user gave can't be used.
+    """
+    fp, tokenizer = open_checkpoint(job.checkpoint, job.device)
+    folder = fp.checkpoint.folder
+    try:
+        check_group_sizes(fp.family, job.precision)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    for source in job.evaluation.perplexity:
+        corpus.check_source("evaluation.perplexity", source)
+    prompt_ids = job.prompt.ids(tokenizer, fp.family.config)
+
+    store = RunStore(job.run_dir)
+    progress = store.open(fingerprint(job, fp))
+    if progress.finished:
+        return read_results(job.run_dir)
+    walk = BlockWalk(
+        model=fp,
+        precision=job.precision,
+        solver=job.solver,
+        store=store,
+        prompt_ids=prompt_ids,
+        batch_size=job.data.batch_size,
+        seed=job.seed,
+        callbacks=job.callbacks,
+        make_trainer=job.make_trainer,
+    )
+    # Now, so that a mistake shows before the work.
+    sets = evaluation_sets(job.evaluation, job.data.seq_len, job.seed, fp, tokenizer)
+    if progress.streams is None:
+        tokens_NT = calibration_tokens(job, folder, tokenizer)
+        store.begin(job.config_yaml)
+        walk.begin(tokens_NT)
+    else:
+        streams = progress.streams
+        walk.resume(len(progress.metrics), streams["x_fp"], streams["x_q"], streams["prompt"])
+    walk.run()
+
+    fp.dtype = evaluation_dtype(fp)
+    model = job.run_dir / "model"
+    blocks = [store.block_folder(index) / BLOCK for index in range(fp.num_layers)]
+    save_model(model, fp, blocks, job.precision, prompt_ids, fp.dtype)
+    quantized = open_quantized(model, job.device)
+    perplexity = evaluate(fp, quantized, sets, prompt_ids, job.evaluation.batch_size)
+    write_json(job.run_dir / RESULTS, results(job, store, perplexity))
+    store.finish()
+    return read_results(job.run_dir)
+
+
+def open_quantized(folder: Path, device: torch.device) -> BlockwiseModel:
+    """A run's `model/` folder, to be computed block by block."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return BlockwiseModel(folder, device, precision=BisupConfig(**config["quantization_config"]).precision)
+
+
+def open_checkpoint(checkpoint: str, device: torch.device) -> tuple[BlockwiseModel, PreTrainedTokenizerBase]:
+    """A full-precision checkpoint, to be computed block by block as it is measured, and its tokenizer.
+
+    Raises:
+        UserError: If it can't be used.
+    """
+    folder = resolve(checkpoint)
+    fp = BlockwiseModel(folder, device)
+    fp.dtype = evaluation_dtype(fp)
+    try:
+        return fp, AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"checkpoint: {folder} has no tokenizer that can be read: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def calibration_tokens(job: Job, folder: Path, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """Token ids [N, T] to calibrate on."""
+    data = job.data
+    if data.calibration == "self":
+        return corpus.self_generated(folder, data.num_samples, data.seq_len, job.seed, job.device)
+    return corpus.calibration_tokens(data, tokenizer, job.seed)
+
+
+def evaluation_sets(
+    wanted: Evaluation, default_length: int, seed: int, fp: BlockwiseModel, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, torch.Tensor]:
+    """Token ids [N, T] of every set to measure on, by name (a file's name without its folder)."""
+    length = wanted.seq_len or default_length
+    sets = {}
+    for source in wanted.perplexity:
+        if source == "self":
+            count, folder = wanted.max_chunks or 64, fp.checkpoint.folder
+            sets[source] = corpus.self_generated(folder, count, length, seed + corpus.HELD_OUT, fp.device)
+        else:
+            sets[Path(source).name] = corpus.evaluation_tokens(source, tokenizer, length, wanted.max_chunks)
+    return sets
+
+
+def fingerprint(job: Job, fp: BlockwiseModel) -> dict[str, Any]:
+    """All that the result depends on: settings, model files, text files, code version, device type."""
+    entries = dict(job.settings)
+    for path in [fp.checkpoint.folder / "config.json", *fp.checkpoint.shards]:
+        entries[f"checkpoint/{path.name}"] = sha256(path)
+    for source in {job.data.calibration, *job.evaluation.perplexity}:
+        if Path(source).is_file():
+            entries[f"text/{source}"] = sha256(Path(source))
+    return entries | {"bisup_lightning": bisup_lightning.__version__, "device": job.device.type}
+
+
+def results(job: Job, store: RunStore, perplexity: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of results.json."""
+    blocks = [
+        json.loads((store.block_folder(index) / "metrics.json").read_text(encoding="utf-8"))
+        for index in range(store.manifest["blocks"])
+    ]
+    seconds = sum(block["seconds"] for block in blocks)
+    tokens = job.data.num_samples * job.data.seq_len * len(blocks)
+    on_gpu = job.device.type == "cuda"
+    return {
+        "perplexity": perplexity,
+        "blocks": blocks,
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+        "peak_device_bytes": torch.cuda.max_memory_allocated(job.device) if on_gpu else 0,
+        "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "device": torch.cuda.get_device_name(job.device) if on_gpu else platform.processor() or platform.machine(),
+        "versions": {
+            "bisup_lightning": bisup_lightning.__version__,
+            "torch": torch.__version__,
+            "lightning": lightning.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "fingerprint": store.manifest["fingerprint"],
+    }
+
+
+def read_results(run_dir: Path) -> dict[str, Any]:
+    """The results of a finished run.
+
+    Raises:
+        UserError: If there are none.
+    """
+    path = run_dir / RESULTS
+    if not path.is_file():
+        raise UserError(f"{run_dir} holds no finished run (no {RESULTS}); run fit with this run_dir first")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def evaluate_run(job: Job) -> dict[str, Any]:
+    """Measure a finished run's model again, as `fit` did; the content of results.json's `perplexity`."""
+    fp, tokenizer = open_checkpoint(job.checkpoint, job.device)
+    sets = evaluation_sets(job.evaluation, job.data.seq_len, job.seed, fp, tokenizer)
+    quantized = open_quantized(job.run_dir / "model", job.device)
+    return evaluate(fp, quantized, sets, job.prompt.ids(tokenizer, fp.family.config), job.evaluation.batch_size)
+
+
+def evaluate_checkpoint(
+    checkpoint: str, evaluation: Evaluation, prompt: Prompt, seed: int, device: torch.device
+) -> dict[str, Any]:
+    """Measure a full-precision checkpoint, plain and behind a prompt."""
+    fp, tokenizer = open_checkpoint(checkpoint, device)
+    sets = evaluation_sets(evaluation, 2048, seed, fp, tokenizer)
+    return evaluate(fp, None, sets, prompt.ids(tokenizer, fp.family.config), evaluation.batch_size)

@@ -1,0 +1,234 @@
+"""The command line: reads configurations, builds what they describe, and starts it. The only reader of configuration."""
+
+import copy
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ActionConfigFile, ArgumentError, Namespace
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from rich.console import Console
+
+from bisup_lightning.calibrate.events import WalkCallback
+from bisup_lightning.calibrate.job import (
+    Job,
+    evaluate_checkpoint,
+    evaluate_run,
+    fit,
+    read_results,
+)
+from bisup_lightning.calibrate.solvers import Solver
+from bisup_lightning.data.corpus import CalibrationData
+from bisup_lightning.data.prompt import Prompt
+from bisup_lightning.errors import UserError
+from bisup_lightning.evaluate.perplexity import Evaluation
+from bisup_lightning.hub.generate import complete
+from bisup_lightning.quant.spec import Precision
+from bisup_lightning.report import comparison_table, perplexity_table
+
+# What remains of Lightning's Trainer once the walk has decided the rest.
+TRAINER_SETTINGS = {
+    "accelerator", "devices", "logger", "callbacks", "gradient_clip_val", "deterministic", "detect_anomaly", "profiler",
+}  # fmt: skip
+HARMLESS = ("config", "run_dir", "checkpoint", "trainer.logger", "trainer.callbacks", "trainer.profiler")
+
+
+def new_parser(description: str) -> LightningArgumentParser:
+    """A parser that raises instead of exiting, and reads configurations that build upon each other."""
+    parser = LightningArgumentParser(prog="main.py", description=description, exit_on_error=False)
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file; several compose, the last one wins.")
+    return parser
+
+
+def fit_parser() -> LightningArgumentParser:
+    """The keys of `fit`."""
+    parser = new_parser("Quantize a checkpoint: walk its blocks, write run_dir/model, measure it.")
+    parser.add_argument("--checkpoint", type=str, required=True, help="Folder or hub id of the model to quantize.")
+    parser.add_argument(
+        "--run_dir", type=Path, required=True, help="Directory of all output; the same command resumes."
+    )
+    parser.add_argument("--seed", type=int, default=0, help="Seed of all that is drawn.")
+    parser.add_class_arguments(Precision, "precision", help="What is quantized, and how finely.")
+    parser.add_subclass_arguments(Solver, "solver", help="How each block is solved.")
+    parser.add_class_arguments(CalibrationData, "data", help="Text to calibrate on.")
+    parser.add_class_arguments(Prompt, "prompt", help="The prompt that stays at high precision.")
+    parser.add_class_arguments(Evaluation, "evaluation", help="What is measured at the end.")
+    skipped = set(Trainer.__init__.__annotations__) - TRAINER_SETTINGS - {"return"}
+    parser.add_class_arguments(Trainer, "trainer", instantiate=False, skip=skipped, help="Lightning's Trainer.")
+    return parser
+
+
+def build_parser() -> LightningArgumentParser:
+    """All subcommands."""
+    parser = new_parser("Bring a Llama- or Qwen-family checkpoint to 3- or 4-bit weights, activations and KV cache.")
+    test = new_parser("Measure a run again, or any checkpoint.")
+    test.add_argument("--run_dir", type=Path | None, default=None, help="A finished run.")
+    test.add_argument("--checkpoint", type=str | None, default=None, help="Or a checkpoint: folder or hub id.")
+    test.add_class_arguments(Prompt, "prompt", help="Prompt for a checkpoint; a run has its own.")
+    test.add_class_arguments(Evaluation, "evaluation", help="Replaces the run's own if perplexity is given.")
+    test.add_argument("--seed", type=int, default=0, help="Seed of self-generated text for a checkpoint.")
+    test.add_argument("--accelerator", type=str, default="auto", help="cpu, cuda or auto.")
+    predict = new_parser("Complete a text with a quantized model, behind its exact prompt.")
+    predict.add_argument("--run_dir", type=Path, required=True, help="A finished run.")
+    predict.add_argument("--text", type=str, required=True, help="What to complete.")
+    predict.add_argument("--max_new_tokens", type=int, default=64, help="Most tokens to add.")
+    predict.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token each time.")
+    predict.add_argument("--accelerator", type=str, default="auto", help="cpu, cuda or auto.")
+    compare = new_parser("Print finished runs of one model side by side.")
+    compare.add_argument("runs", type=Path, nargs="+", help="Run directories; the first is the baseline.")
+    commands = parser.add_subcommands(required=True)
+    for name, sub, line in (
+        ("fit", fit_parser(), "quantize a checkpoint"),
+        ("test", test, "measure a run or a checkpoint"),
+        ("predict", predict, "complete a text with a quantized model"),
+        ("compare", compare, "print runs side by side"),
+    ):
+        commands.add_subcommand(name, sub, help=line)
+    return parser
+
+
+def device_for(accelerator: Any) -> torch.device:
+    """The device of Lightning's accelerator name."""
+    if accelerator not in ("auto", "cpu", "gpu", "cuda"):
+        raise UserError(f"accelerator: {accelerator} is not supported; choose auto, cpu, gpu or cuda")
+    if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise UserError(f"accelerator: {accelerator} is asked for, but torch sees no CUDA device; use cpu or auto")
+    if accelerator == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def trainer_factory(settings: Namespace, callbacks: Sequence[Callback], logs: Path) -> Callable[[int, int], Trainer]:
+    """Makes a fresh Trainer for each block, with its own log under `logs` and fresh copies of foreign callbacks."""
+    own = {key: value for key, value in vars(settings).items() if key not in ("callbacks", "logger", "devices")}
+
+    def make(index: int, epochs: int) -> Trainer:
+        logger = settings.logger
+        if logger in (None, True):
+            place = {"save_dir": logs, "name": "", "version": f"{index:05d}"}
+            logger = [CSVLogger(**place), TensorBoardLogger(**place)]
+        return Trainer(
+            **own,
+            devices=1,
+            logger=logger,
+            callbacks=[c if isinstance(c, WalkCallback) else copy.deepcopy(c) for c in callbacks],
+            max_epochs=epochs,
+            log_every_n_steps=1,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+
+    return make
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted key."""
+    if not isinstance(value, dict):
+        return {prefix: value}
+    leaves: dict[str, Any] = {}
+    for name, child in value.items():
+        leaves |= flatten(child, f"{prefix}.{name}" if prefix else name)
+    return leaves
+
+
+def make_job(parser: LightningArgumentParser, config: Namespace) -> Job:
+    """What `fit` was asked for, from its parsed configuration."""
+    try:
+        objects = parser.instantiate_classes(config)
+    except ValueError as error:  # a value that its class refuses
+        raise UserError(str(error)) from error
+    plain = config.clone(with_meta=False).as_dict()
+    plain.pop("config", None)
+    settings = {key: value for key, value in flatten(plain).items() if not key.startswith(HARMLESS)}
+    callbacks = objects.trainer.callbacks or []
+    callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+    return Job(
+        checkpoint=config.checkpoint,
+        run_dir=config.run_dir,
+        precision=objects.precision,
+        solver=objects.solver,
+        data=objects.data,
+        prompt=objects.prompt,
+        evaluation=objects.evaluation,
+        seed=config.seed,
+        callbacks=callbacks,
+        make_trainer=trainer_factory(objects.trainer, callbacks, config.run_dir / "logs"),
+        device=device_for(config.trainer.accelerator),
+        settings=settings,
+        config_yaml=parser.dump(config, skip_none=False),
+    )
+
+
+def run(arguments: Sequence[str] | None = None) -> None:
+    """Parse and do.
+
+    Raises:
+        UserError: If something that the user gave can't be used.
+    """
+    parser = build_parser()
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+    config = parser.parse_args(arguments)
+    command, options = config.subcommand, config[config.subcommand]
+    if command == "fit":
+        job = make_job(fit_parser(), options)
+        results = fit(job)
+        console.print(perplexity_table(results))
+        console.print(f"model: {options.run_dir / 'model'}")
+    elif command == "test":
+        console.print(perplexity_table({"perplexity": test(options)}))
+    elif command == "predict":
+        device = device_for(options.accelerator)
+        read_results(options.run_dir)
+        folder = options.run_dir / "model"
+        console.print(complete(folder, options.text, options.max_new_tokens, options.temperature, device), markup=False)
+    else:
+        runs = {str(path): read_results(path) for path in options.runs}
+        console.print(comparison_table(runs))
+
+
+def test(options: Namespace) -> dict[str, Any]:
+    """Perplexity figures of a run or a checkpoint."""
+    evaluation = Evaluation(**vars(options.evaluation))
+    if (options.run_dir is None) == (options.checkpoint is None):
+        raise UserError("test: give either --run_dir or --checkpoint")
+    device = device_for(options.accelerator)
+    if options.checkpoint is not None:
+        return evaluate_checkpoint(options.checkpoint, evaluation, Prompt(**vars(options.prompt)), options.seed, device)
+    read_results(options.run_dir)
+    parser = fit_parser()
+    config = parser.parse_path(options.run_dir / "config.yaml")
+    config.run_dir = options.run_dir
+    config.trainer.accelerator = options.accelerator
+    job = make_job(parser, config)
+    return evaluate_run(replace(job, evaluation=evaluation) if evaluation.perplexity else job)
+
+
+def quieten() -> None:
+    """Keep libraries from talking over the progress line; their errors still show."""
+    for name in ("lightning.pytorch", "transformers", "datasets", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", module="lightning")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    torch.set_float32_matmul_precision("highest")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; a user's mistake ends in one line on stderr and exit code 2."""
+    quieten()
+    try:
+        run(arguments)
+    except (UserError, ArgumentError, OSError) as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,117 @@
+"""Perplexity by the field's protocols, block by block, so that the model need not fit into memory.
+
+Shape suffixes: N sequences, T tokens, D hidden size, P prompt tokens, V vocabulary.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bisup_lightning.evaluate.metrics import LanguageModelMetrics
+from bisup_lightning.model.blockwise import BlockwiseModel, run_layer
+from bisup_lightning.model.kv import BlockKV
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is measured when the walk is done.
+
+    Args:
+        perplexity: Sets of text: wikitext2, c4, c4_new, self (held-out samples of the model itself), or files.
+        seq_len: Tokens in a chunk; null for the calibration's.
+        max_chunks: Most chunks of each set; null for all.
+        batch_size: Chunks in a batch.
+    """
+
+    perplexity: Sequence[str] = ()
+    seq_len: int | None = None
+    max_chunks: int | None = None
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("seq_len", "max_chunks", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"evaluation.{name} must be at least 1, not {value}")
+
+
+@torch.no_grad()
+def final_hidden(
+    model: BlockwiseModel, sets: Mapping[str, Tensor], prompts: Sequence[Sequence[int]], batch_size: int
+) -> list[dict[str, Tensor]]:
+    """Hidden states [N, T, D] behind the last block, of every set behind every prompt, reading each block once.
+
+    Args:
+        model: Full-precision, or quantized (then its stored prompt replaces the one that is named).
+        sets: Token ids [N, T] by name.
+        prompts: Token ids of the prompts; an empty one for none.
+        batch_size: Sequences in a forward pass.
+    """
+    stored = model.stored_prompt()
+    hidden = [{name: model.embed(ids_NT) for name, ids_NT in sets.items()} for _ in prompts]
+    prompt_hidden = [model.embed(torch.tensor([list(prompt)]).long()) for prompt in prompts]
+    spec = model.precision.kv if model.precision else None
+    for index, layer in model.layers():
+        for place, prompt in enumerate(prompts):
+            kept = None
+            if prompt and stored is not None:
+                kept = stored.of_layer(index)
+            elif prompt:
+                prompt_hidden[place], kept = model.encode_prompt(index, layer, prompt_hidden[place])
+            kv = BlockKV(spec, kept)
+            for states_NTD in hidden[place].values():
+                positions = model.positions(index, states_NTD.shape[1], len(prompt))
+                for start in range(0, len(states_NTD), batch_size):
+                    batch = states_NTD[start : start + batch_size]
+                    batch.copy_(run_layer(layer, batch.to(model.device), positions, kv))
+    return hidden
+
+
+@torch.no_grad()
+def score(
+    model: BlockwiseModel,
+    hidden_NTD: Tensor,
+    ids_NT: Tensor,
+    reference: tuple[BlockwiseModel, Tensor] | None = None,
+) -> dict[str, float]:
+    """Figures of `LanguageModelMetrics` from final hidden states, compared with a reference model's if given."""
+    metrics = LanguageModelMetrics().to(model.device)
+    head = model.head()
+    reference_head = reference[0].head() if reference else None
+    for index in range(len(ids_NT)):  # one chunk at a time: logits are large
+        logits_1TV = head(hidden_NTD[index : index + 1].to(model.device))
+        reference_1TV = None
+        if reference and reference_head:
+            reference_1TV = reference_head(reference[1][index : index + 1].to(model.device))
+        metrics.update(logits_1TV, ids_NT[index : index + 1].to(model.device), reference_1TV)
+    return metrics.compute()
+
+
+def evaluate(
+    fp: BlockwiseModel,
+    quantized: BlockwiseModel | None,
+    sets: Mapping[str, Tensor],
+    prompt: Sequence[int],
+    batch_size: int,
+) -> dict[str, dict[str, float]]:
+    """Perplexity of the full-precision model, the same behind the prompt, and the quantized model, by set.
+
+    Returns:
+        For each set `fp`, `fp_prompt`, and with a quantized model `quantized`, `kl` (mean divergence in nats from the
+        full-precision model behind the same prompt) and `top1` (share of tokens with the same likeliest successor).
+    """
+    hidden = final_hidden(fp, sets, [(), prompt] if prompt else [()], batch_size)
+    plain, prompted = hidden[0], hidden[-1]
+    ours = None if quantized is None else final_hidden(quantized, sets, [prompt], batch_size)[0]
+    results = {}
+    for name, ids_NT in sets.items():
+        results[name] = {
+            "fp": score(fp, plain[name], ids_NT)["perplexity"],
+            "fp_prompt": score(fp, prompted[name], ids_NT)["perplexity"],
+        }
+        if quantized is not None and ours is not None:
+            figures = score(quantized, ours[name], ids_NT, reference=(fp, prompted[name]))
+            results[name] |= {"quantized": figures.pop("perplexity"), **figures}
+    return results

@@ -1,0 +1,139 @@
+"""The quantizer "bisup" of transformers: lets `AutoModelForCausalLM.from_pretrained` load a run's `model/` folder."""
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from bisup_lightning.model.block import pack_layer
+from bisup_lightning.model.family import decoder, decoder_layers, head_dim
+from bisup_lightning.model.kv import PromptCache, PromptKV
+from bisup_lightning.quant.spec import Precision, QuantSpec
+
+METHOD = "bisup"
+
+
+@register_quantization_config(METHOD)
+class BisupConfig(QuantizationConfigMixin):
+    """The entry `quantization_config` of a saved model's config.json.
+
+    Args:
+        weights: Fields of the weights' QuantSpec.
+        activations: Fields of the activations' QuantSpec, or None.
+        kv: Fields of the KV cache's QuantSpec, or None.
+        prompt_length: Number of tokens P in the high-precision prompt.
+    """
+
+    def __init__(
+        self,
+        weights: dict[str, Any],
+        activations: dict[str, Any] | None = None,
+        kv: dict[str, Any] | None = None,
+        prompt_length: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        self.quant_method = METHOD
+        self.weights, self.activations, self.kv = weights, activations, kv
+        self.prompt_length = prompt_length
+
+    @classmethod
+    def of(cls, precision: Precision, prompt_length: int) -> "BisupConfig":
+        """The configuration of a model quantized so."""
+        return cls(**asdict(precision), prompt_length=prompt_length)
+
+    @property
+    def precision(self) -> Precision:
+        """The quantizers."""
+        activations = None if self.activations is None else QuantSpec(**self.activations)
+        kv = None if self.kv is None else QuantSpec(**self.kv)
+        return Precision(QuantSpec(**self.weights), activations, kv)
+
+
+@register_quantizer(METHOD)
+class BisupQuantizer(HfQuantizer):
+    """Gives a model packed linears and quantizing norms before its weights are loaded, and the prompt's cache after."""
+
+    requires_calibration = True
+    quantization_config: BisupConfig
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        for layer in decoder_layers(model):
+            pack_layer(layer, self.quantization_config.precision)
+        if length := self.quantization_config.prompt_length:
+            config = model.config
+            model.prompt_kv = PromptKV(
+                config.num_hidden_layers, config.num_key_value_heads, length, head_dim(config)
+            )  # fmt: skip
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        stand_behind_prompt = StandBehindPrompt(model, self.quantization_config.precision.kv)
+        decoder(model).register_forward_pre_hook(stand_behind_prompt, with_kwargs=True)
+        decoder(model).register_forward_hook(keep_cache_only_if_asked, with_kwargs=True)
+        return model
+
+    def is_serializable(self) -> bool:
+        """Whether `save_pretrained` gives a folder that loads again."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether the model can be trained further."""
+        return False
+
+
+def keep_cache_only_if_asked(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+    """Without `use_cache`, the cache served one forward pass alone."""
+    if kwargs.get("use_cache") is False:
+        output.past_key_values = None
+
+
+class StandBehindPrompt:
+    """Puts the quantizing cache with the prompt in front wherever a forward pass starts without one.
+
+    Inputs that begin with the prompt's own tokens (what a tokenizer adds, or a chat template) stay as they are, and the
+    prompt's exact keys and values replace those that the quantized blocks make of them. Other inputs stand behind it:
+    their positions start at P.
+
+    Args:
+        model: The loaded model.
+        kv: Quantizer of keys and values.
+    """
+
+    def __init__(self, model: PreTrainedModel, kv: QuantSpec | None) -> None:
+        self.num_layers, self.kv = model.config.num_hidden_layers, kv
+        self.prompt: PromptKV | None = getattr(model, "prompt_kv", None)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """The arguments with which the decoder runs."""
+        if args:  # transformers calls its decoders with keywords
+            kwargs = {"input_ids": args[0], **kwargs}
+        cache = kwargs.get("past_key_values")
+        if not isinstance(cache, PromptCache):
+            if cache is not None and cache.get_seq_length() > 0:
+                raise ValueError("a bisup model needs its own cache: pass none, or the one that it returned")
+            holds = self._begins_with_prompt(kwargs.get("input_ids"))
+            cache = PromptCache(self.num_layers, self.kv, self.prompt, holds)
+        kwargs["past_key_values"] = cache
+        if cache.tokens_in_front:
+            self._shift(kwargs, cache.tokens_in_front)
+        return (), kwargs
+
+    def _begins_with_prompt(self, ids_BT: Tensor | None) -> bool:
+        if self.prompt is None or ids_BT is None:
+            return False
+        length = len(self.prompt.ids)
+        return ids_BT.shape[1] > length and bool((ids_BT[:, :length] == self.prompt.ids.to(ids_BT.device)).all())
+
+    @staticmethod
+    def _shift(kwargs: dict[str, Any], length: int) -> None:
+        if kwargs.get("position_ids") is not None:
+            kwargs["position_ids"] = kwargs["position_ids"] + length
+        mask_BT = kwargs.get("attention_mask")
+        if mask_BT is not None:
+            if mask_BT.ndim != 2:
+                raise ValueError("a bisup model takes attention masks of shape [batch, tokens] only")
+            kwargs["attention_mask"] = torch.cat([mask_BT.new_ones(mask_BT.shape[0], length), mask_BT], dim=1)

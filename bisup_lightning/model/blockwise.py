@@ -1,0 +1,137 @@
+"""Runs a model block by block, so that no more than one block is ever in memory.
+
+Shape suffixes: B sequences, T tokens, D hidden size, P prompt tokens, V vocabulary.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from bisup_lightning.model.block import build_layer, pack_layer
+from bisup_lightning.model.checkpoint import Checkpoint
+from bisup_lightning.model.family import EMBEDDING, FINAL_NORM, HEAD, Family
+from bisup_lightning.model.kv import BlockKV, KeyValue, KVRecorder, PromptKV
+from bisup_lightning.quant.spec import Precision
+
+PROMPT = "prompt_kv."  # what the names of a saved prompt's tensors begin with
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Where the tokens of a batch stand and what they may see; the same for all batches of one shape.
+
+    Args:
+        rotary: (cos, sin), [1, T, d] each, for positions P … P+T−1.
+        mask: Boolean [1, 1, T, P+T], true where a token may look; None means plain causal attention.
+    """
+
+    rotary: tuple[Tensor, Tensor]
+    mask: Tensor | None
+
+
+def run_layer(layer: nn.Module, hidden_BTD: Tensor, positions: Positions, kv: BlockKV | KVRecorder) -> Tensor:
+    """Hidden states after one decoder layer, [B, T, D]."""
+    return layer(hidden_BTD, attention_mask=positions.mask, position_embeddings=positions.rotary, past_key_values=kv)
+
+
+class BlockwiseModel:
+    """A checkpoint, full-precision or quantized by this package, computed one block at a time.
+
+    Args:
+        folder: Its folder (see `checkpoint.resolve`).
+        device: Where blocks compute.
+        dtype: What they compute in; None for the dtype that the configuration names.
+        precision: The quantizers if the folder holds a quantized model, else None.
+    """
+
+    def __init__(
+        self, folder: Path, device: torch.device, dtype: torch.dtype | None = None, precision: Precision | None = None
+    ) -> None:
+        self.family = Family.of_folder(str(folder))
+        self.checkpoint = Checkpoint(folder)
+        self.device, self.precision = device, precision
+        self.storage_dtype = self.checkpoint.dtype() if precision is None else None
+        self.dtype = dtype or self.family.config.dtype or torch.float32
+        self._rotary = self.family.rotary().to(device)
+        self._positions = lru_cache(maxsize=8)(self._make_positions)
+
+    @property
+    def num_layers(self) -> int:
+        """How many blocks there are."""
+        return self.family.num_layers
+
+    def embed(self, ids_BT: Tensor) -> Tensor:
+        """Embeddings [B, T, D] of token ids, on the CPU, in the dtype that blocks compute in."""
+        table_VD = self.checkpoint.read_one(EMBEDDING)
+        return nn.functional.embedding(ids_BT.cpu(), table_VD).to(self.dtype)
+
+    def layer_tensors(self, index: int) -> dict[str, Tensor]:
+        """The tensors of block `index` on the device; floats in the dtype that blocks compute in."""
+        return {
+            name: tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
+            for name, tensor in self.checkpoint.read_layer(index).items()
+        }
+
+    def layer(self, index: int, tensors: Mapping[str, Tensor] | None = None) -> nn.Module:
+        """Block `index`, ready to run."""
+        tensors = self.layer_tensors(index) if tensors is None else tensors
+        if self.precision is None:
+            return build_layer(self.family, index, tensors)
+        layer = pack_layer(self.family.empty_layer(index), self.precision)
+        layer.load_state_dict(dict(tensors), assign=True)
+        return layer.requires_grad_(False)
+
+    def layers(self) -> Iterator[tuple[int, nn.Module]]:
+        """All blocks in order, one at a time."""
+        for index in range(self.num_layers):
+            yield index, self.layer(index)
+
+    def stored_prompt(self) -> PromptKV | None:
+        """The prompt saved with a quantized model."""
+        names = [name for name in self.checkpoint.shard_of if name.startswith(PROMPT)]
+        if not names:
+            return None
+        tensors = {name.removeprefix(PROMPT): tensor for name, tensor in self.checkpoint.read(names).items()}
+        with torch.device("meta"):
+            prompt = PromptKV(self.num_layers, self.family.num_kv_heads, len(tensors["ids"]), self.family.head_dim)
+        prompt.load_state_dict(tensors, assign=True)
+        return prompt.to(self.device, self.dtype)
+
+    def positions(self, index: int, length: int, prompt_length: int) -> Positions:
+        """Where `length` tokens behind `prompt_length` prompt tokens stand, for block `index`."""
+        return self._positions(self.family.sliding_window(index), length, prompt_length, self.dtype)
+
+    def _make_positions(self, window: int | None, length: int, prompt_length: int, dtype: torch.dtype) -> Positions:
+        query = torch.arange(prompt_length, prompt_length + length, device=self.device)
+        probe = torch.empty(1, length, 1, dtype=dtype, device=self.device)
+        cos, sin = self._rotary(probe, query.unsqueeze(0))
+        total = prompt_length + length
+        if prompt_length == 0 and (window is None or total <= window):
+            return Positions((cos, sin), None)
+        key = torch.arange(total, device=self.device)
+        mask = key <= query.unsqueeze(1)
+        if window is not None:
+            mask &= key > query.unsqueeze(1) - window
+        return Positions((cos, sin), mask[None, None])
+
+    @torch.no_grad()
+    def encode_prompt(self, index: int, layer: nn.Module, hidden_1PD: Tensor) -> tuple[Tensor, KeyValue]:
+        """The prompt's hidden states after block `index`, and the keys and values that the block makes of it."""
+        recorder = KVRecorder()
+        positions = self.positions(index, hidden_1PD.shape[1], 0)
+        hidden_1PD = run_layer(layer, hidden_1PD.to(self.device), positions, recorder)
+        assert recorder.recorded is not None
+        return hidden_1PD, recorder.recorded
+
+    def head(self) -> nn.Module:
+        """Final norm and output projection: hidden states [..., D] to logits [..., V]."""
+        norm = self.family.final_norm(self.checkpoint.read_one(FINAL_NORM).to(self.device, self.dtype))
+        tied = self.family.config.tie_word_embeddings or HEAD not in self.checkpoint
+        weight_VD = self.checkpoint.read_one(EMBEDDING if tied else HEAD).to(self.device, self.dtype)
+        projection = nn.Linear(weight_VD.shape[1], weight_VD.shape[0], bias=False, device="meta")
+        projection.load_state_dict({"weight": weight_VD}, assign=True)
+        return nn.Sequential(norm, projection).requires_grad_(False)

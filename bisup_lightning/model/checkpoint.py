@@ -1,0 +1,127 @@
+"""A checkpoint on disk or on the hub, read block by block from its safetensors shards; never whole."""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from bisup_lightning.errors import UserError
+from bisup_lightning.model.family import layer_prefix
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+
+
+def resolve(checkpoint: str) -> Path:
+    """The folder of a checkpoint: a local one, or a hub id fetched into the cache.
+
+    Raises:
+        UserError: If there is none, access is denied, or it holds no safetensors.
+    """
+    folder = Path(checkpoint)
+    if not folder.is_dir():
+        if folder.is_absolute() or checkpoint.startswith(".") or checkpoint.count("/") != 1:
+            raise UserError(f"checkpoint: no folder {checkpoint}; give a folder or a hub id such as Qwen/Qwen2.5-0.5B")
+        try:
+            folder = Path(snapshot_download(checkpoint, allow_patterns=WANTED))
+        except GatedRepoError as error:
+            raise UserError(
+                f"checkpoint: {checkpoint} is gated; ask for access on its page, then run 'hf auth login'"
+            ) from error
+        except (RepositoryNotFoundError, HFValidationError) as error:
+            raise UserError(f"checkpoint: no folder and no model on the hub is named {checkpoint}") from error
+        except (LocalEntryNotFoundError, OSError) as error:
+            raise UserError(
+                f"checkpoint: {checkpoint} is no folder here and the hub can't be reached; check the path or the network"
+            ) from error
+    if not (folder / "config.json").is_file():
+        raise UserError(f"checkpoint: {folder} has no config.json")
+    if not (folder / SINGLE).is_file() and not (folder / INDEX).is_file():
+        pickles = sorted(path.name for path in folder.glob("*.bin"))
+        why = f"only {pickles[0]}, which can run code when read; convert it to safetensors" if pickles else "no weights"
+        raise UserError(f"checkpoint: {folder} has {why} ({SINGLE} or {INDEX} is needed)")
+    return folder
+
+
+class Checkpoint:
+    """The tensors of a checkpoint's folder, by name, read when asked for.
+
+    Args:
+        folder: A folder from `resolve`.
+
+    Raises:
+        UserError: If a shard or the index is damaged, missing, or lies outside the folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        index = folder / INDEX
+        if (folder / SINGLE).is_file():
+            with self._open(SINGLE) as shard:
+                self.shard_of = dict.fromkeys(shard.keys(), SINGLE)
+            return
+        try:
+            self.shard_of = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"checkpoint: {index} is not a weight index: {error}") from error
+        for name in set(self.shard_of.values()):
+            if Path(name).name != name or not (folder / name).is_file():
+                raise UserError(f"checkpoint: {index} names the shard {name}, which is not in its folder")
+
+    def _open(self, shard: str):
+        try:
+            return safe_open(self.folder / shard, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"checkpoint: {self.folder / shard} can't be read: {error}") from error
+
+    @property
+    def shards(self) -> list[Path]:
+        """The files that hold tensors, sorted."""
+        return [self.folder / name for name in sorted(set(self.shard_of.values()))]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.shard_of
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The named tensors on the CPU, in their stored dtype.
+
+        Raises:
+            UserError: If one is missing or damaged.
+        """
+        by_shard = defaultdict(list)
+        for name in names:
+            if name not in self.shard_of:
+                raise UserError(f"checkpoint: {self.folder} has no tensor {name}")
+            by_shard[self.shard_of[name]].append(name)
+        tensors = {}
+        for shard, members in by_shard.items():
+            with self._open(shard) as file:
+                for name in members:
+                    try:
+                        tensors[name] = file.get_tensor(name)
+                    except SafetensorError as error:
+                        raise UserError(f"checkpoint: {self.folder / shard}: {name}: {error}") from error
+        return tensors
+
+    def read_one(self, name: str) -> Tensor:
+        """One tensor; see `read`."""
+        return self.read([name])[name]
+
+    def read_layer(self, index: int) -> dict[str, Tensor]:
+        """The tensors of block `index`, named as inside the block."""
+        prefix = layer_prefix(index)
+        names = [name for name in self.shard_of if name.startswith(prefix)]
+        return {name.removeprefix(prefix): tensor for name, tensor in self.read(names).items()}
+
+    def dtype(self) -> torch.dtype:
+        """The dtype that most blocks' weights are stored in: the first block's query projection's neighbourhood."""
+        for tensor in self.read_layer(0).values():
+            if tensor.is_floating_point() and tensor.ndim == 2:
+                return tensor.dtype
+        return self.read_one(next(iter(self.shard_of))).dtype

@@ -1,0 +1,122 @@
+"""What a checkpoint's architecture calls its parts. The only file that names Hugging Face attributes."""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from bisup_lightning.errors import UserError
+
+
+@dataclass(frozen=True)
+class LinearInput:
+    """An activation that is quantized once: the linears that read it and, if a norm makes it, that norm."""
+
+    linears: tuple[str, ...]
+    norm: str | None = None
+
+
+DECODER_INPUTS = (
+    LinearInput(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), norm="input_layernorm"),
+    LinearInput(("self_attn.o_proj",)),
+    LinearInput(("mlp.gate_proj", "mlp.up_proj"), norm="post_attention_layernorm"),
+    LinearInput(("mlp.down_proj",)),
+)
+SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")  # Qwen1.5 and 2.5 are of type qwen2
+
+EMBEDDING = "model.embed_tokens.weight"
+FINAL_NORM = "model.norm.weight"
+HEAD = "lm_head.weight"
+
+
+def layer_prefix(index: int) -> str:
+    """What the names of block `index`'s tensors begin with in a checkpoint."""
+    return f"model.layers.{index}."
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The blocks of a loaded causal language model."""
+    return model.model.layers
+
+
+def decoder(model: PreTrainedModel) -> nn.Module:
+    """The part of a causal language model that takes token ids and a cache."""
+    return model.model
+
+
+def head_dim(config: PretrainedConfig) -> int:
+    """Size of one attention head, which need not be hidden size / heads."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+class Family:
+    """Builds the blocks of one architecture, empty, and the shared parts around them.
+
+    Args:
+        config: The checkpoint's configuration.
+
+    Raises:
+        UserError: If the architecture is not supported.
+    """
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        if config.model_type not in SUPPORTED:
+            raise UserError(
+                f"checkpoint: architecture '{config.model_type}' is not supported; supported: {', '.join(SUPPORTED)}"
+            )
+        self.config = config
+        with torch.device("meta"):
+            self._skeleton = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+        self.num_layers: int = config.num_hidden_layers
+        self.hidden_size: int = config.hidden_size
+        self.num_kv_heads: int = config.num_key_value_heads
+        self.head_dim = head_dim(config)
+        self.vocab_size: int = config.vocab_size
+
+    @classmethod
+    def of_folder(cls, folder: str) -> "Family":
+        """Read the configuration in a checkpoint's folder.
+
+        Raises:
+            UserError: If it can't be read or names an unsupported architecture.
+        """
+        try:
+            config = AutoConfig.from_pretrained(folder)
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"checkpoint: {folder}/config.json: {str(error).splitlines()[0]}") from error
+        return cls(config)
+
+    def empty_layer(self, index: int) -> nn.Module:
+        """Block `index` on the meta device, to be filled with `load_state_dict(..., assign=True)`."""
+        return copy.deepcopy(decoder_layers(self._skeleton)[index])
+
+    def final_norm(self, weight_D: Tensor) -> nn.Module:
+        """The norm before the head."""
+        norm = copy.deepcopy(self._skeleton.model.norm)
+        norm.load_state_dict({"weight": weight_D}, assign=True)
+        return norm
+
+    def rotary(self) -> nn.Module:
+        """The rotary embedding: (hidden, position_ids) to (cos, sin), on the CPU in float32."""
+        return type(self._skeleton.model.rotary_emb)(config=self.config)
+
+    def sliding_window(self, index: int) -> int | None:
+        """How many positions block `index` sees, itself included; None for all."""
+        window = getattr(self.config, "sliding_window", None)
+        types = getattr(self.config, "layer_types", None)
+        if types is not None:
+            return window if types[index] == "sliding_attention" else None
+        return window
+
+    def layer_shapes(self, index: int) -> dict[str, torch.Size]:
+        """Name and shape of every tensor of block `index`."""
+        return {name: tensor.shape for name, tensor in decoder_layers(self._skeleton)[index].state_dict().items()}
+
+
+def linear_inputs(layer: nn.Module) -> Iterator[tuple[LinearInput, list[nn.Module]]]:
+    """Each quantized activation of a block with the linears that read it."""
+    for entry in DECODER_INPUTS:
+        yield entry, [layer.get_submodule(name) for name in entry.linears]

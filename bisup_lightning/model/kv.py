@@ -1,0 +1,143 @@
+"""Keys and values: the prompt's stay at high precision and stand in front, the rest is quantized (paper §4.5).
+
+A decoder layer hands its keys (after RoPE) and values to `past_key_values.update(k, v, layer_idx)`; whatever has that
+method decides what attention sees. Shape suffixes: B sequences, H key/value heads, T tokens, P prompt tokens,
+d head dimension, L layers.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer
+
+from bisup_lightning.quant.affine import fake_quantize
+from bisup_lightning.quant.spec import QuantSpec
+
+KeyValue = tuple[Tensor, Tensor]
+
+
+def quantize_kv(x_BHTd: Tensor, spec: QuantSpec | None) -> Tensor:
+    """Keys or values with one scale for each head of a token (`head`) or for each token (`token`)."""
+    if spec is None:
+        return x_BHTd
+    if spec.granularity == "head":
+        return fake_quantize(x_BHTd, spec)
+    heads = x_BHTd.shape[1]
+    x_BTi = x_BHTd.transpose(1, 2).flatten(2)
+    return fake_quantize(x_BTi, spec).unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+class BlockKV:
+    """Stands in for the cache of one block over whole sequences: prompt in front, the rest quantized, nothing kept.
+
+    Args:
+        spec: Quantizer of keys and values; None leaves them as they are.
+        prompt: The prompt's keys and values, [H, P, d] each, or None.
+    """
+
+    def __init__(self, spec: QuantSpec | None = None, prompt: KeyValue | None = None) -> None:
+        self.spec, self.prompt = spec, prompt
+
+    def update(self, k_BHTd: Tensor, v_BHTd: Tensor, layer_idx: int, *args: object, **kwargs: object) -> KeyValue:
+        """Keys and values [B, H, P + T, d] that attention reads."""
+        k_BHTd, v_BHTd = quantize_kv(k_BHTd, self.spec), quantize_kv(v_BHTd, self.spec)
+        if self.prompt is None:
+            return k_BHTd, v_BHTd
+        k_HPd, v_HPd = self.prompt
+        return _in_front(k_HPd, k_BHTd), _in_front(v_HPd, v_BHTd)
+
+
+class KVRecorder:
+    """Keeps the keys and values that a block makes of the prompt itself."""
+
+    def __init__(self) -> None:
+        self.recorded: KeyValue | None = None
+
+    def update(self, k_1HPd: Tensor, v_1HPd: Tensor, layer_idx: int, *args: object, **kwargs: object) -> KeyValue:
+        """Pass through, remembering."""
+        self.recorded = (k_1HPd[0].detach().clone(), v_1HPd[0].detach().clone())
+        return k_1HPd, v_1HPd
+
+
+class PromptKV(nn.Module):
+    """The prompt's token ids and its keys and values in every block, as part of a saved model.
+
+    Args:
+        num_layers: L.
+        num_heads: H.
+        length: P.
+        head_dim: d.
+    """
+
+    def __init__(self, num_layers: int, num_heads: int, length: int, head_dim: int) -> None:
+        super().__init__()
+        self.register_buffer("ids", torch.empty(length, dtype=torch.int64))
+        for index in range(num_layers):
+            for name in self.names(index):
+                self.register_buffer(name, torch.empty(num_heads, length, head_dim))
+
+    @staticmethod
+    def names(index: int) -> tuple[str, str]:
+        """What the keys and the values of block `index` are called."""
+        return f"key_{index}", f"value_{index}"
+
+    def of_layer(self, index: int) -> KeyValue:
+        """Keys and values [H, P, d] of block `index`."""
+        key, value = self.names(index)
+        return self.get_buffer(key), self.get_buffer(value)
+
+
+class PromptCacheLayer(DynamicLayer):
+    """One block's growing cache for generation.
+
+    Args:
+        spec: Quantizer of keys and values.
+        prompt: The prompt's keys and values [H, P, d], or None.
+        inputs_hold_prompt: Whether the first tokens that arrive are the prompt itself. Then their keys and values are
+            replaced by the exact ones; otherwise these stand in front from the start.
+    """
+
+    def __init__(self, spec: QuantSpec | None, prompt: KeyValue | None, inputs_hold_prompt: bool) -> None:
+        super().__init__()
+        self.spec, self.prompt, self.inputs_hold_prompt = spec, prompt, inputs_hold_prompt
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> KeyValue:
+        """Append new keys and values [B, H, T, d], quantized; return all [B, H, P + T so far, d]."""
+        k_BHTd, v_BHTd = quantize_kv(key_states, self.spec), quantize_kv(value_states, self.spec)
+        if not self.is_initialized and self.prompt is not None:
+            k_HPd, v_HPd = self.prompt
+            seen = k_HPd.shape[1] if self.inputs_hold_prompt else 0
+            k_BHTd, v_BHTd = _in_front(k_HPd, k_BHTd[:, :, seen:]), _in_front(v_HPd, v_BHTd[:, :, seen:])
+        return super().update(k_BHTd, v_BHTd)
+
+    def get_seq_length(self) -> int:
+        """Tokens held, the prompt's included."""
+        if not self.is_initialized and self.prompt is not None and not self.inputs_hold_prompt:
+            return self.prompt[0].shape[1]
+        return super().get_seq_length()
+
+
+class PromptCache(Cache):
+    """A cache for `generate()` whose every layer is a PromptCacheLayer.
+
+    Args:
+        num_layers: L.
+        spec: Quantizer of keys and values.
+        prompt: The prompt in every block, or None.
+        inputs_hold_prompt: See PromptCacheLayer.
+    """
+
+    def __init__(
+        self, num_layers: int, spec: QuantSpec | None, prompt: PromptKV | None, inputs_hold_prompt: bool = False
+    ) -> None:
+        layers = [
+            PromptCacheLayer(spec, None if prompt is None else prompt.of_layer(index), inputs_hold_prompt)
+            for index in range(num_layers)
+        ]
+        super().__init__(layers=layers)
+        self.tokens_in_front = 0 if prompt is None or inputs_hold_prompt else len(prompt.ids)
+
+
+def _in_front(prompt_HPd: Tensor, x_BHTd: Tensor) -> Tensor:
+    prompt = prompt_HPd.to(x_BHTd.dtype).expand(x_BHTd.shape[0], -1, -1, -1)
+    return torch.cat([prompt, x_BHTd], dim=2)

@@ -1,0 +1,133 @@
+"""Affine quantization of the last dimension, with straight-through gradients.
+
+Shape suffixes: O output rows, I input features, G groups of g elements each (I = G·g); `...` any leading dimensions.
+All arithmetic runs in float32 or wider, whatever the dtype of the tensors, and results come back in the input's dtype.
+"""
+
+import torch
+from torch import Tensor
+
+from bisup_lightning.quant.spec import QuantSpec
+
+MIN_SCALE = 2.0**-24  # a row of zeros still needs a scale; the smallest number that every 16-bit float format holds
+
+
+def to_groups(x: Tensor, spec: QuantSpec) -> Tensor:
+    """View [..., I] as [..., G, g].
+
+    Raises:
+        ValueError: If the group size does not divide I.
+    """
+    return x.unflatten(-1, (spec.groups(x.shape[-1]), -1))
+
+
+def wide(x: Tensor) -> Tensor:
+    """The tensor in the dtype that quantization computes in: float32, or float64 where it already is."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def scale_and_offset(
+    x_Gg: Tensor, spec: QuantSpec, clip_G: Tensor | None = None, scale_dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Scale Δ (eq. 1 and 3) and, when asymmetric, the offset that code 0 stands for. Differentiable.
+
+    Args:
+        x_Gg: Grouped values [..., G, g].
+        spec: The quantizer.
+        clip_G: Clip values c, broadcastable to [..., G]; None means 1.
+        scale_dtype: Storage dtype that the scale is rounded to (straight-through): what is trained is what is saved.
+
+    Returns:
+        Scale [..., G, 1] and offset [..., G, 1] (None when symmetric), in the wide dtype.
+    """
+    x_Gg = wide(x_Gg)
+    if spec.symmetric:
+        reach, offset = x_Gg.abs().amax(-1, keepdim=True), None
+    else:
+        offset = x_Gg.amin(-1, keepdim=True)
+        reach = x_Gg.amax(-1, keepdim=True) - offset
+    scale = reach / spec.qmax
+    if clip_G is not None:
+        scale = scale * clip_G.to(scale.dtype).unsqueeze(-1)
+    return storable(scale, scale_dtype), offset
+
+
+def as_stored(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """X rounded to the dtype that it will be stored in, kept in its own; the gradient passes straight through."""
+    return x if dtype is None else x + (x.to(dtype).to(x.dtype) - x).detach()
+
+
+def storable(scale: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A scale as it will be stored, and neither zero nor beyond what its dtype holds."""
+    largest = None if dtype is None else torch.finfo(dtype).max
+    return as_stored(scale.clamp(MIN_SCALE, largest), dtype).clamp_min(MIN_SCALE)
+
+
+def quantize(
+    x: Tensor, spec: QuantSpec, clip_G: Tensor | None = None, scale_dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Integer codes of [..., I] (eq. 2).
+
+    Returns:
+        Codes [..., I] (int16, which holds every width), scale [..., G] and offset [..., G] (None when symmetric).
+    """
+    x_Gg = to_groups(x, spec)
+    scale, offset = scale_and_offset(x_Gg, spec, clip_G, scale_dtype)
+    shifted = wide(x_Gg) if offset is None else wide(x_Gg) - offset
+    codes = (shifted / scale).round().clamp(spec.qmin, spec.qmax)
+    return (
+        codes.flatten(-2).to(torch.int16),
+        scale.squeeze(-1),
+        None if offset is None else offset.squeeze(-1),
+    )
+
+
+def dequantize(codes: Tensor, scale_G: Tensor, offset_G: Tensor | None = None) -> Tensor:
+    """Values [..., I] in the wide dtype of the scale, from codes [..., I] and scale (and offset) [..., G]."""
+    scale = wide(scale_G).unsqueeze(-1)
+    x = codes.unflatten(-1, (scale_G.shape[-1], -1)).to(scale.dtype) * scale
+    if offset_G is not None:
+        x = x + wide(offset_G).unsqueeze(-1)
+    return x.flatten(-2)
+
+
+class _RoundToGrid(torch.autograd.Function):
+    """Nearest grid point clamp(round(x/Δ))·Δ; gradients of x and Δ pass straight through the rounding.
+
+    With t = x/Δ, q = clamp(round(t)) and m = [q unclamped]: ∂/∂x = m, ∂/∂Δ = q − m·t. Written out because autograd's
+    own composition keeps six tensors of x's size where this keeps one.
+    """
+
+    @staticmethod
+    def forward(ctx, x, scale, qmin, qmax):
+        ctx.save_for_backward(x, scale)
+        ctx.range = qmin, qmax
+        return ((wide(x) / scale).round().clamp_(qmin, qmax) * scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, scale = ctx.saved_tensors
+        grad_wide, t = wide(grad), wide(x) / scale
+        rounded = t.round()
+        q = rounded.clamp(*ctx.range)
+        inside = rounded == q
+        grad_x = grad_wide * inside if ctx.needs_input_grad[0] else None
+        grad_scale = None
+        if ctx.needs_input_grad[1]:
+            grad_scale = (grad_wide * (q - t * inside)).sum(-1, keepdim=True)
+        return None if grad_x is None else grad_x.to(x.dtype), grad_scale, None, None
+
+
+def fake_quantize(
+    x: Tensor, spec: QuantSpec, clip_G: Tensor | None = None, scale_dtype: torch.dtype | None = None
+) -> Tensor:
+    """Quantize and dequantize [..., I]; gradients reach x (also through the maximum that sets Δ) and the clip values.
+
+    Equal, element by element, to `dequantize(*quantize(...))` cast to x's dtype.
+    """
+    x_Gg = to_groups(x, spec)
+    scale, offset = scale_and_offset(x_Gg, spec, clip_G, scale_dtype)
+    if offset is None:
+        return _RoundToGrid.apply(x_Gg, scale, spec.qmin, spec.qmax).flatten(-2)
+    shifted = _RoundToGrid.apply(wide(x_Gg) - offset, scale, spec.qmin, spec.qmax)
+    return (shifted + offset).to(x.dtype).flatten(-2)

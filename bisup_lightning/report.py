@@ -1,0 +1,64 @@
+"""Results as tables."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+
+
+def perplexity_table(results: Mapping[str, Any]) -> Table:
+    """Perplexity of one run's model by set, with its distance to the full-precision model."""
+    table = Table(title="Perplexity", title_justify="left")
+    columns = ("set", "FP", "FP behind the prompt", "quantized", "mean KL (nats)", "same top token")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "set" else "right")
+    for name, figures in results["perplexity"].items():
+        cells = [f"{figures[key]:.4f}" if key in figures else "–" for key in ("fp", "fp_prompt", "quantized", "kl")]
+        table.add_row(name, *cells, f"{figures['top1']:.1%}" if "top1" in figures else "–")
+    return table
+
+
+def comparison_table(runs: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Several runs of one model side by side; `excess` is the distance to FP behind the prompt, relative to the first.
+
+    Args:
+        runs: Content of results.json by the run's name.
+    """
+    table = Table(title="Comparison", title_justify="left")
+    for column in (
+        "set",
+        "run",
+        "precision",
+        "perplexity",
+        "excess over FP",
+        "of the first",
+        "mean KL (nats)",
+        "seconds",
+    ):
+        table.add_column(column, justify="left" if column in ("set", "run", "precision") else "right")
+    names = {name: None for results in runs.values() for name in results["perplexity"]}
+    for name in names:
+        first = None
+        for run, results in runs.items():
+            figures = results["perplexity"].get(name, {})
+            if "quantized" not in figures:
+                continue
+            if first is None:
+                fp = figures["fp_prompt"]
+                table.add_row(name, "FP behind the prompt", "", f"{fp:.4f}", "0.0000", "", "0.0000", "")
+            excess = figures["quantized"] - figures["fp_prompt"]
+            first = excess if first is None else first
+            share = f"{excess / first:.2f}" if first > 0 else "–"
+            cells = (f"{figures['quantized']:.4f}", f"{excess:.4f}", share, f"{figures['kl']:.4f}")
+            table.add_row(name, run, precision_name(results["fingerprint"]), *cells, f"{results['seconds']:.0f}")
+    return table
+
+
+def precision_name(settings: Mapping[str, Any]) -> str:
+    """The field's shorthand, such as W4A4KV4 or W3A3KV3-g128."""
+
+    def bits(place: str) -> str:
+        return str(settings.get(f"precision.{place}.bits", 16))
+
+    group = settings.get("precision.weights.group_size")
+    return f"W{bits('weights')}A{bits('activations')}KV{bits('kv')}" + (f"-g{group}" if group else "")

@@ -1,0 +1,83 @@
+"""One live line for the whole walk."""
+
+import time
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from bisup_lightning.calibrate.driver import BlockResult, BlockWalk
+from bisup_lightning.calibrate.events import WalkCallback
+
+
+class WalkProgress(WalkCallback):
+    """Shows block i of N, epoch, loss against its start, elapsed time, ETA and device memory.
+
+    On a terminal the line is live, and each finished block leaves a line above it; elsewhere only those lines appear.
+    """
+
+    def __init__(self) -> None:
+        self.console = Console(highlight=False, soft_wrap=True)
+        self.live: Live | None = None
+
+    def on_walk_start(self, walk: BlockWalk) -> None:
+        """Open the line."""
+        self.started, self.first = time.perf_counter(), walk.next_block
+        self.num_blocks, self.device = walk.model.num_layers, walk.model.device
+        self.now = ""
+        if self.console.is_terminal:
+            self.live = Live(console=self.console, refresh_per_second=4, transient=True)
+            self.live.start()
+
+    def on_block_start(self, walk: BlockWalk, index: int) -> None:
+        """Name the block."""
+        self.index, self.trained = index, False
+        self._show(f"block {index + 1}/{self.num_blocks}")
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show the epoch's mean loss; reading it once an epoch keeps the device from waiting."""
+        self.trained = True
+        loss = trainer.callback_metrics["loss"].item()
+        epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
+        self._show(f"block {self.index + 1}/{self.num_blocks} · {epoch} · loss {loss:.3e}")
+
+    def on_block_end(self, walk: BlockWalk, result: BlockResult) -> None:
+        """Leave the block's line."""
+        change = f"loss {result.loss_initial:.3e} → {result.loss_final:.3e} (relative {result.relative_mse:.2e})"
+        kept = " · kept its start" if result.kept_start and self.trained else ""
+        line = f"block {result.index + 1}/{self.num_blocks} · {change} · {result.seconds:.1f} s{kept}{self._memory()}"
+        (self.live.console if self.live else self.console).print(line)
+
+    def on_walk_end(self, walk: BlockWalk) -> None:
+        """Close the line."""
+        self.close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Give the terminal back."""
+        self.close()
+
+    def close(self) -> None:
+        """Stop the live display, if any."""
+        if self.live is not None:
+            self.live.stop()
+            self.live = None
+
+    def _show(self, now: str) -> None:
+        if self.live is not None:
+            elapsed = time.perf_counter() - self.started
+            done = self.index - self.first
+            left = f" · {_clock(elapsed / done * (self.num_blocks - self.index))} left" if done else ""
+            self.live.update(Text(f"{now} · {_clock(elapsed)}{left}{self._memory()}"))
+
+    def _memory(self) -> str:
+        if self.device.type != "cuda":
+            return ""
+        return f" · {torch.cuda.max_memory_allocated(self.device) / 2**30:.1f} GiB"
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
