@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ActionConfigFile, ArgumentError, Namespace
+from jsonargparse import ActionConfigFile, ArgumentError, Namespace, lazy_instance
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -32,6 +32,7 @@ from bisup_lightning.evaluate.perplexity import Evaluation
 from bisup_lightning.hub.generate import complete
 from bisup_lightning.quant.spec import Precision
 from bisup_lightning.report import comparison_table, perplexity_table
+from bisup_lightning.transform.transform import NoTransform, Transform
 
 # What remains of Lightning's Trainer once the walk has decided the rest.
 TRAINER_SETTINGS = {
@@ -56,6 +57,9 @@ def fit_parser() -> LightningArgumentParser:
     )
     parser.add_argument("--seed", type=int, default=0, help="Seed of all that is drawn.")
     parser.add_class_arguments(Precision, "precision", help="What is quantized, and how finely.")
+    parser.add_subclass_arguments(
+        Transform, "transform", default=lazy_instance(NoTransform), help="What the model undergoes first."
+    )
     parser.add_subclass_arguments(Solver, "solver", help="How each block is solved.")
     parser.add_class_arguments(CalibrationData, "data", help="Text to calibrate on.")
     parser.add_class_arguments(Prompt, "prompt", help="The prompt that stays at high precision.")
@@ -154,6 +158,7 @@ def make_job(parser: LightningArgumentParser, config: Namespace) -> Job:
         checkpoint=config.checkpoint,
         run_dir=config.run_dir,
         precision=objects.precision,
+        transform=objects.transform,
         solver=objects.solver,
         data=objects.data,
         prompt=objects.prompt,

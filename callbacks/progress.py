@@ -24,9 +24,8 @@ class WalkProgress(WalkCallback):
 
     def on_walk_start(self, walk: BlockWalk) -> None:
         """Open the line."""
-        self.started, self.first = time.perf_counter(), walk.next_block
+        self.started, self.first = time.perf_counter(), None
         self.num_blocks, self.device = walk.model.num_layers, walk.model.device
-        self.now = ""
         if self.console.is_terminal:
             self.live = Live(console=self.console, refresh_per_second=4, transient=True)
             self.live.start()
@@ -34,6 +33,7 @@ class WalkProgress(WalkCallback):
     def on_block_start(self, walk: BlockWalk, index: int) -> None:
         """Name the block."""
         self.index, self.trained = index, False
+        self.first = index if self.first is None else self.first
         self._show(f"block {index + 1}/{self.num_blocks}")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

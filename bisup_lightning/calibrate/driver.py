@@ -14,9 +14,11 @@ from bisup_lightning.calibrate.solvers import Block, Solver
 from bisup_lightning.data.layer_inputs import LayerInputs
 from bisup_lightning.model.block import fuse_layer, stored_tensors
 from bisup_lightning.model.blockwise import PROMPT, BlockwiseModel, run_layer
-from bisup_lightning.model.family import DECODER_INPUTS, layer_prefix
-from bisup_lightning.model.kv import BlockKV, KeyValue, PromptKV
-from bisup_lightning.quant.spec import Precision
+from bisup_lightning.model.family import layer_prefix
+from bisup_lightning.model.kv import BlockKV, KeyValue, KVQuantizer, PromptKV
+from bisup_lightning.model.statistics import InputStatistics
+from bisup_lightning.quant.spec import Scheme
+from bisup_lightning.transform.transform import Transform
 
 MakeTrainer = Callable[[int, int], Trainer]
 
@@ -61,7 +63,8 @@ class BlockWalk:
 
     Args:
         model: The full-precision model.
-        precision: The quantizers.
+        transform: The transform that the model has undergone.
+        scheme: The quantizers.
         solver: How each block is solved.
         store: Where finished blocks go.
         prompt_ids: Token ids of the high-precision prompt; may be empty.
@@ -74,7 +77,8 @@ class BlockWalk:
     def __init__(
         self,
         model: BlockwiseModel,
-        precision: Precision,
+        transform: Transform,
+        scheme: Scheme,
         solver: Solver,
         store: RunStore,
         prompt_ids: Sequence[int],
@@ -83,13 +87,18 @@ class BlockWalk:
         callbacks: Sequence[Callback],
         make_trainer: MakeTrainer,
     ) -> None:
-        self.model, self.precision, self.solver, self.store = model, precision, solver, store
+        self.model, self.transform, self.scheme = model, transform, scheme
+        self.solver, self.store = solver, store
         self.batch_size, self.seed = batch_size, seed
         self.prompt_ids = list(prompt_ids)
         self.callbacks, self.make_trainer = callbacks, make_trainer
         self.inputs: LayerInputs
         self.prompt_1PD: Tensor
         self.next_block = 0
+
+    def prepare(self) -> None:
+        """Let the callbacks set up before the streams are made."""
+        self._tell("on_walk_start")
 
     def begin(self, tokens_NT: Tensor) -> None:
         """Stand before the first block: both streams are the embedded tokens."""
@@ -107,7 +116,6 @@ class BlockWalk:
 
     def run(self) -> None:
         """Walk from where it stands to the last block."""
-        self._tell("on_walk_start")
         for index in range(self.next_block, self.model.num_layers):
             self._tell("on_block_start", index)
             result = self.calibrate(index)
@@ -125,20 +133,21 @@ class BlockWalk:
         fp_layer = self.model.layer(index, tensors)
         prompt = self._advance_prompt(index, fp_layer)
         fp_kv = BlockKV(None, prompt)
-        absmax = _record_absmax(fp_layer)
+        statistics = InputStatistics(fp_layer)
         self.inputs.advance_fp(lambda hidden_BTD: run_layer(fp_layer, hidden_BTD, positions, fp_kv))
 
         block = Block(
             index=index,
             model=self.model,
             tensors=tensors,
-            precision=self.precision,
+            scheme=self.scheme,
             activation_clip=self.solver.activation_clip,
             inputs=self.inputs,
             batch_size=self.batch_size,
             positions=positions,
-            kv=BlockKV(self.precision.kv, prompt),
-            absmax=absmax,
+            kv=BlockKV(KVQuantizer.of(self.scheme), prompt),
+            statistics=statistics,
+            orders=self.transform.orders(statistics),
             seed=self.seed + 1009 * index,
             make_trainer=lambda epochs: self.make_trainer(index, epochs),
         )
@@ -182,20 +191,3 @@ class BlockWalk:
         for callback in self.callbacks:
             if isinstance(callback, WalkCallback):
                 getattr(callback, event)(self, *arguments)
-
-
-def _record_absmax(fp_layer: nn.Module) -> dict[str, Tensor]:
-    """A dictionary that fills, while the layer runs, with the largest magnitude of each norm output's channels [I]."""
-    absmax: dict[str, Tensor] = {}
-
-    def record(name: str) -> Callable[[nn.Module, object, Tensor], None]:
-        def hook(module: nn.Module, inputs: object, y_BTI: Tensor) -> None:
-            largest_I = y_BTI.detach().abs().flatten(0, -2).amax(0).float()
-            absmax[name] = torch.maximum(absmax[name], largest_I) if name in absmax else largest_I
-
-        return hook
-
-    for entry in DECODER_INPUTS:
-        if entry.norm is not None:
-            fp_layer.get_submodule(entry.norm).register_forward_hook(record(entry.norm))
-    return absmax

@@ -14,7 +14,7 @@ class WalkCallback(Callback):
     """A Lightning callback that also hears of the walk over the blocks."""
 
     def on_walk_start(self, walk: BlockWalk) -> None:
-        """Before the first block of this process."""
+        """Before the streams are made or read."""
 
     def on_block_start(self, walk: BlockWalk, index: int) -> None:
         """Before a block is read."""

@@ -27,10 +27,13 @@ from bisup_lightning.evaluate.perplexity import Evaluation, evaluate
 from bisup_lightning.files import sha256, write_json
 from bisup_lightning.hub.quantizer import BisupConfig
 from bisup_lightning.hub.save import save_model
-from bisup_lightning.model.block import check_group_sizes
+from bisup_lightning.model.block import check_scheme
 from bisup_lightning.model.blockwise import BlockwiseModel
 from bisup_lightning.model.checkpoint import resolve
+from bisup_lightning.model.family import LINEAR_INPUTS
 from bisup_lightning.quant.spec import Precision
+from bisup_lightning.transform.invariance import check_invariance
+from bisup_lightning.transform.transform import Transform
 
 RESULTS = "results.json"
 
@@ -43,6 +46,7 @@ class Job:
         checkpoint: Folder or hub id.
         run_dir: Where all output goes.
         precision: The quantizers.
+        transform: What the model undergoes first.
         solver: How each block is solved.
         data: The calibration text.
         prompt: The high-precision prompt.
@@ -58,6 +62,7 @@ class Job:
     checkpoint: str
     run_dir: Path
     precision: Precision
+    transform: Transform
     solver: Solver
     data: CalibrationData
     prompt: Prompt
@@ -85,23 +90,28 @@ def fit(job: Job) -> dict[str, Any]:
     Raises:
         UserError: If something that the user gave can't be used.
     """
-    fp, tokenizer = open_checkpoint(job.checkpoint, job.device)
-    folder = fp.checkpoint.folder
+    plain, tokenizer = open_checkpoint(job.checkpoint, job.device)
+    folder = plain.checkpoint.folder
+    scheme = job.transform.scheme(job.precision)
     try:
-        check_group_sizes(fp.family, job.precision)
+        check_scheme(plain.family, scheme)
     except ValueError as error:
         raise UserError(str(error)) from error
+    check_tokens(job, plain)
     for source in job.evaluation.perplexity:
         corpus.check_source("evaluation.perplexity", source)
-    prompt_ids = job.prompt.ids(tokenizer, fp.family.config)
+    prompt_ids = job.prompt.ids(tokenizer, plain.family.config)
 
     store = RunStore(job.run_dir)
-    progress = store.open(fingerprint(job, fp))
+    progress = store.open(fingerprint(job, plain))
     if progress.finished:
         return read_results(job.run_dir)
+    transformed = job.transform.checkpoint(plain.checkpoint, plain.family, job.device)
+    fp = BlockwiseModel(folder, job.device, checkpoint=transformed)
     walk = BlockWalk(
         model=fp,
-        precision=job.precision,
+        transform=job.transform,
+        scheme=scheme,
         solver=job.solver,
         store=store,
         prompt_ids=prompt_ids,
@@ -111,9 +121,16 @@ def fit(job: Job) -> dict[str, Any]:
         make_trainer=job.make_trainer,
     )
     # Now, so that a mistake shows before the work.
-    sets = evaluation_sets(job.evaluation, job.data.seq_len, job.seed, fp, tokenizer)
+    sets = evaluation_sets(job.evaluation, job.data.seq_len, job.seed, plain, tokenizer)
+    walk.prepare()
     if progress.streams is None:
         tokens_NT = calibration_tokens(job, folder, tokenizer)
+        if transformed is not plain.checkpoint:
+            check_invariance(
+                BlockwiseModel(folder, job.device, torch.float32),
+                BlockwiseModel(folder, job.device, torch.float32, checkpoint=transformed),
+                tokens_NT[:1, :64],
+            )
         store.begin(job.config_yaml)
         walk.begin(tokens_NT)
     else:
@@ -121,21 +138,37 @@ def fit(job: Job) -> dict[str, Any]:
         walk.resume(len(progress.metrics), streams["x_fp"], streams["x_q"], streams["prompt"])
     walk.run()
 
-    fp.dtype = evaluation_dtype(fp)
     model = job.run_dir / "model"
     blocks = [store.block_folder(index) / BLOCK for index in range(fp.num_layers)]
-    save_model(model, fp, blocks, job.precision, prompt_ids, fp.dtype)
+    save_model(model, fp, blocks, scheme, prompt_ids, plain.dtype)
     quantized = open_quantized(model, job.device)
-    perplexity = evaluate(fp, quantized, sets, prompt_ids, job.evaluation.batch_size)
+    perplexity = evaluate(plain, quantized, sets, prompt_ids, job.evaluation.batch_size)
     write_json(job.run_dir / RESULTS, results(job, store, perplexity))
     store.finish()
     return read_results(job.run_dir)
 
 
+def check_tokens(job: Job, fp: BlockwiseModel) -> None:
+    """Refuse a text too small for what the transform or the solver learn from it.
+
+    Raises:
+        UserError: With the number of tokens needed.
+    """
+    shapes = fp.family.layer_shapes(0)
+    needed = max(shapes[f"{name}.weight"][1] for entry in LINEAR_INPUTS for name in entry.linears)
+    tokens = job.data.num_samples * job.data.seq_len
+    for key, part in {"transform": job.transform, "solver": job.solver}.items():
+        if part.needs_statistics and tokens < needed:
+            raise UserError(
+                f"{key}: {type(part).__name__} needs at least {needed} calibration tokens, one for each channel; "
+                f"data.num_samples × data.seq_len is {tokens}"
+            )
+
+
 def open_quantized(folder: Path, device: torch.device) -> BlockwiseModel:
     """A run's `model/` folder, to be computed block by block."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return BlockwiseModel(folder, device, precision=BisupConfig(**config["quantization_config"]).precision)
+    return BlockwiseModel(folder, device, scheme=BisupConfig(**config["quantization_config"]).read_scheme())
 
 
 def open_checkpoint(checkpoint: str, device: torch.device) -> tuple[BlockwiseModel, PreTrainedTokenizerBase]:

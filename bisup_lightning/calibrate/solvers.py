@@ -14,8 +14,13 @@ from bisup_lightning.data.datamodule import BlockDataModule
 from bisup_lightning.data.layer_inputs import LayerInputs, Run
 from bisup_lightning.model.block import Theta, add_theta, fuse_layer, is_fused, quantize_layer
 from bisup_lightning.model.blockwise import BlockwiseModel, Positions, run_layer
+from bisup_lightning.model.family import LINEAR_INPUTS
 from bisup_lightning.model.kv import BlockKV
-from bisup_lightning.quant.spec import Precision
+from bisup_lightning.model.linear import PackedLinear, PackedSegment, QuantLinear
+from bisup_lightning.model.statistics import InputStatistics
+from bisup_lightning.quant import gptq
+from bisup_lightning.quant.gptq import accumulate_hessian
+from bisup_lightning.quant.spec import Scheme
 
 
 @dataclass
@@ -26,13 +31,14 @@ class Block:
         index: Its place in the model.
         model: The full-precision model.
         tensors: Its full-precision tensors, on the device.
-        precision: The quantizers.
+        scheme: The quantizers.
         activation_clip: Start of the activations' clip values.
         inputs: The streams, with x_fp already advanced to the target.
         batch_size: Sequences in a training batch.
         positions: Where the tokens stand.
         kv: Prompt in front, the rest quantized.
-        absmax: Largest magnitude of each channel of each norm's full-precision output, by the norm's name.
+        statistics: Figures of the full-precision block's linear inputs.
+        orders: Order of the channels of each linear input, by its name, where the transform has one.
         seed: Seed of all that is drawn for this block.
         make_trainer: Makes a fresh Trainer for a number of epochs.
     """
@@ -40,13 +46,14 @@ class Block:
     index: int
     model: BlockwiseModel
     tensors: Mapping[str, Tensor]
-    precision: Precision
+    scheme: Scheme
     activation_clip: float
     inputs: LayerInputs
     batch_size: int
     positions: Positions
     kv: BlockKV
-    absmax: Mapping[str, Tensor]
+    statistics: InputStatistics
+    orders: Mapping[str, Tensor]
     seed: int
     make_trainer: Callable[[int], Trainer]
 
@@ -54,7 +61,8 @@ class Block:
         """The block with rounding and grid-searched clips: where every solver starts."""
         assert self.model.storage_dtype is not None
         layer = self.model.layer(self.index, self.tensors)
-        return quantize_layer(layer, self.precision, self.activation_clip, self.model.storage_dtype)
+        config, storage = self.model.family.config, self.model.storage_dtype
+        return quantize_layer(layer, self.scheme, config, self.activation_clip, storage, self.orders)
 
     def run(self, layer: nn.Module) -> Run:
         """The block's forward pass on a batch of hidden states."""
@@ -72,6 +80,8 @@ class Solver(ABC):
         if not 0 < activation_clip <= 1:
             raise ValueError(f"solver.activation_clip must lie in (0, 1], not {activation_clip}")
         self.activation_clip = activation_clip
+
+    needs_statistics = False  # of at least as many tokens as the widest linear input has channels
 
     @abstractmethod
     def solve(self, block: Block) -> nn.Module | None:
@@ -113,7 +123,7 @@ class BiSup(Solver):
         for lr_scale in (1.0, 0.1):
             layer = block.start()
             generator = torch.Generator().manual_seed(block.seed)
-            add_theta(layer, self.theta, generator, block.absmax)
+            add_theta(layer, self.theta, generator, block.statistics.absmax)
             module = BlockCalibration(layer, block.positions, block.kv, self.optimization, lr_scale)
             trainer = block.make_trainer(self.epochs)
             trainer.fit(module, BlockDataModule(block.inputs, block.batch_size, block.seed))
@@ -122,3 +132,71 @@ class BiSup(Solver):
                     fuse_layer(module.layer)
                 return module.layer.to(block.model.device)
         return None
+
+
+class GPTQ(Solver):
+    """Rounds a weight column by column and makes up for each error in the columns that follow (arXiv 2210.17323).
+
+    The Hessian of each linear comes from the block's real inputs x_q, quantized as they will be, behind the linears of
+    the block that are already solved. Weight clips are grid-searched.
+
+    Args:
+        damp: Share of the Hessian's mean diagonal added to it; raised where it is singular all the same.
+        blocksize: Columns whose errors are carried on together.
+        act_order: Walk the columns by falling Hessian diagonal; scales of groups are then set beforehand.
+        activation_clip: Clip value c of every activation (paper: 0.9).
+    """
+
+    needs_statistics = True
+
+    def __init__(
+        self, damp: float = 0.01, blocksize: int = 128, act_order: bool = False, activation_clip: float = 0.9
+    ) -> None:
+        super().__init__(activation_clip)
+        if not 0 < damp <= 1 or blocksize < 1:
+            raise ValueError(f"solver.damp must lie in (0, 1] and solver.blocksize above 0, not {damp}, {blocksize}")
+        self.damp, self.blocksize, self.act_order = damp, blocksize, act_order
+
+    @torch.no_grad()
+    def solve(self, block: Block) -> nn.Module | None:
+        """Solve the linears of one input after those of the other, in the order in which the block computes them."""
+        layer = block.start()
+        unsolved = {name: layer.get_submodule(name) for entry in LINEAR_INPUTS for name in entry.linears}
+        for name, linear in unsolved.items():  # until it is solved, a linear computes with the weight as it is
+            layer.set_submodule(name, linear.unquantized())
+        for entry in LINEAR_INPUTS:
+            hessian_II = self._hessian(block, layer, layer.get_submodule(entry.linears[0]).input_quantizer)
+            for name in entry.linears:
+                layer.set_submodule(name, self._solve_linear(unsolved[name], hessian_II))
+        return fuse_layer(layer)
+
+    def _hessian(self, block: Block, layer: nn.Module, quantizer: nn.Module) -> Tensor:
+        hessian: list[Tensor] = []
+
+        def add(module: nn.Module, arguments: object, x_BTI: Tensor) -> None:
+            x_TI = x_BTI.flatten(0, -2).float()
+            if not hessian:
+                hessian.append(x_TI.new_zeros(x_TI.shape[1], x_TI.shape[1]))
+            accumulate_hessian(hessian[0], x_TI)
+
+        handle = quantizer.register_forward_hook(add)
+        block.inputs.for_each_q(block.run(layer))
+        handle.remove()
+        return hessian[0]
+
+    def _solve_linear(self, linear: QuantLinear, hessian_II: Tensor) -> PackedLinear:
+        segments = [
+            gptq.Segment(segment.columns, segment.spec, None if segment.spec is None else clip)
+            for segment, clip in zip(linear.segments, linear.clips, strict=True)
+        ]
+        solved = gptq.gptq_quantize(
+            linear.weight.float(), hessian_II, segments, blocksize=self.blocksize, damp=self.damp,
+            act_order=self.act_order, scale_dtype=linear.storage_dtype,
+        )  # fmt: skip
+        packed = [
+            PackedSegment.of_values(part.codes, linear.storage_dtype)
+            if segment.spec is None or part.scale_OG is None
+            else PackedSegment.of_codes(part.codes, part.scale_OG, segment.spec)
+            for part, segment in zip(solved, linear.segments, strict=True)
+        ]
+        return PackedLinear(packed, linear.bias, linear.input_quantizer)

@@ -55,6 +55,12 @@ class LayerInputs:
             outputs[batch] = y_BTD.to(outputs)
         return outputs, squares.item() / outputs.numel()
 
+    @torch.no_grad()
+    def for_each_q(self, run: Run) -> None:
+        """Run a block over x_q for what it does on the way."""
+        for batch in self._batches():
+            run(self.q[batch].to(self.device))
+
     def advance_q(self, outputs: Tensor) -> None:
         """Replace x_q by the fused block's output."""
         self.q = outputs

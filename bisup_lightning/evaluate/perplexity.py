@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bisup_lightning.evaluate.metrics import LanguageModelMetrics
 from bisup_lightning.model.blockwise import BlockwiseModel, run_layer
-from bisup_lightning.model.kv import BlockKV
+from bisup_lightning.model.kv import BlockKV, KVQuantizer
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def final_hidden(
     stored = model.stored_prompt()
     hidden = [{name: model.embed(ids_NT) for name, ids_NT in sets.items()} for _ in prompts]
     prompt_hidden = [model.embed(torch.tensor([list(prompt)]).long()) for prompt in prompts]
-    spec = model.precision.kv if model.precision else None
+    quantizer = None if model.scheme is None else KVQuantizer.of(model.scheme)
     for index, layer in model.layers():
         for place, prompt in enumerate(prompts):
             kept = None
@@ -60,7 +60,7 @@ def final_hidden(
                 kept = stored.of_layer(index)
             elif prompt:
                 prompt_hidden[place], kept = model.encode_prompt(index, layer, prompt_hidden[place])
-            kv = BlockKV(spec, kept)
+            kv = BlockKV(quantizer, kept)
             for states_NTD in hidden[place].values():
                 positions = model.positions(index, states_NTD.shape[1], len(prompt))
                 for start in range(0, len(states_NTD), batch_size):

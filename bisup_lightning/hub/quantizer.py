@@ -11,8 +11,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bisup_lightning.model.block import pack_layer
 from bisup_lightning.model.family import decoder, decoder_layers, head_dim
-from bisup_lightning.model.kv import PromptCache, PromptKV
-from bisup_lightning.quant.spec import Precision, QuantSpec
+from bisup_lightning.model.kv import KVQuantizer, PromptCache, PromptKV
+from bisup_lightning.quant.spec import QuantSpec, Scheme
 
 METHOD = "bisup"
 
@@ -22,35 +22,26 @@ class BisupConfig(QuantizationConfigMixin):
     """The entry `quantization_config` of a saved model's config.json.
 
     Args:
-        weights: Fields of the weights' QuantSpec.
-        activations: Fields of the activations' QuantSpec, or None.
-        kv: Fields of the KV cache's QuantSpec, or None.
+        scheme: Fields of the Scheme.
         prompt_length: Number of tokens P in the high-precision prompt.
     """
 
-    def __init__(
-        self,
-        weights: dict[str, Any],
-        activations: dict[str, Any] | None = None,
-        kv: dict[str, Any] | None = None,
-        prompt_length: int = 0,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, scheme: dict[str, Any], prompt_length: int = 0, **kwargs: Any) -> None:
         self.quant_method = METHOD
-        self.weights, self.activations, self.kv = weights, activations, kv
-        self.prompt_length = prompt_length
+        self.scheme, self.prompt_length = scheme, prompt_length
 
     @classmethod
-    def of(cls, precision: Precision, prompt_length: int) -> "BisupConfig":
+    def of(cls, scheme: Scheme, prompt_length: int) -> "BisupConfig":
         """The configuration of a model quantized so."""
-        return cls(**asdict(precision), prompt_length=prompt_length)
+        return cls(asdict(scheme), prompt_length)
 
-    @property
-    def precision(self) -> Precision:
+    def read_scheme(self) -> Scheme:
         """The quantizers."""
-        activations = None if self.activations is None else QuantSpec(**self.activations)
-        kv = None if self.kv is None else QuantSpec(**self.kv)
-        return Precision(QuantSpec(**self.weights), activations, kv)
+        specs = {
+            place: None if self.scheme[place] is None else QuantSpec(**self.scheme[place])
+            for place in ("weights", "activations", "kv")
+        }
+        return Scheme(**{**self.scheme, **specs})
 
 
 @register_quantizer(METHOD)
@@ -62,15 +53,13 @@ class BisupQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         for layer in decoder_layers(model):
-            pack_layer(layer, self.quantization_config.precision)
+            pack_layer(layer, self.quantization_config.read_scheme(), model.config)
         if length := self.quantization_config.prompt_length:
             config = model.config
-            model.prompt_kv = PromptKV(
-                config.num_hidden_layers, config.num_key_value_heads, length, head_dim(config)
-            )  # fmt: skip
+            model.prompt_kv = PromptKV(config.num_hidden_layers, config.num_key_value_heads, length, head_dim(config))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        stand_behind_prompt = StandBehindPrompt(model, self.quantization_config.precision.kv)
+        stand_behind_prompt = StandBehindPrompt(model, KVQuantizer.of(self.quantization_config.read_scheme()))
         decoder(model).register_forward_pre_hook(stand_behind_prompt, with_kwargs=True)
         decoder(model).register_forward_hook(keep_cache_only_if_asked, with_kwargs=True)
         return model
@@ -103,7 +92,7 @@ class StandBehindPrompt:
         kv: Quantizer of keys and values.
     """
 
-    def __init__(self, model: PreTrainedModel, kv: QuantSpec | None) -> None:
+    def __init__(self, model: PreTrainedModel, kv: KVQuantizer) -> None:
         self.num_layers, self.kv = model.config.num_hidden_layers, kv
         self.prompt: PromptKV | None = getattr(model, "prompt_kv", None)
 

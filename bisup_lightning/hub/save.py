@@ -13,8 +13,8 @@ from bisup_lightning.files import write_json, write_tensors
 from bisup_lightning.hub.quantizer import BisupConfig
 from bisup_lightning.model.blockwise import PROMPT, BlockwiseModel
 from bisup_lightning.model.checkpoint import INDEX
-from bisup_lightning.model.family import EMBEDDING, FINAL_NORM, HEAD
-from bisup_lightning.quant.spec import Precision
+from bisup_lightning.model.family import EMBEDDING, FINAL_NORM
+from bisup_lightning.quant.spec import Scheme
 
 SHARED = "model-shared.safetensors"
 BESIDE_WEIGHTS = ("*.json", "*.txt", "*.model", "*.jinja")  # tokenizer, generation settings, chat template
@@ -24,7 +24,7 @@ def save_model(
     folder: Path,
     fp: BlockwiseModel,
     blocks: Sequence[Path],
-    precision: Precision,
+    scheme: Scheme,
     prompt_ids: Sequence[int],
     dtype: torch.dtype,
 ) -> None:
@@ -34,14 +34,16 @@ def save_model(
         folder: Where it shall lie.
         fp: The full-precision model, for its shared tensors, configuration and tokenizer.
         blocks: The safetensors file of each block, in order; linked, not copied, where the file system can.
-        precision: The quantizers.
+        scheme: The quantizers.
         prompt_ids: The high-precision prompt; its keys and values lie in the blocks.
         dtype: What the model computes in when loaded. Tensors are stored in the checkpoint's own dtype.
     """
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    shared = fp.checkpoint.read(name for name in (EMBEDDING, FINAL_NORM, HEAD) if name in fp.checkpoint)
+    head = fp.checkpoint.head_name(fp.family.config.tie_word_embeddings)
+    cpu, storage = torch.device("cpu"), fp.storage_dtype
+    shared = {name: fp.checkpoint.read_shared(name, cpu, storage) for name in {EMBEDDING, FINAL_NORM, head}}
     if prompt_ids:
         shared[PROMPT + "ids"] = torch.tensor(list(prompt_ids))
     write_tensors(temporary / SHARED, shared)
@@ -61,7 +63,8 @@ def save_model(
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     config.pop("torch_dtype", None)
     config["dtype"] = str(dtype).removeprefix("torch.")
-    config["quantization_config"] = BisupConfig.of(precision, len(prompt_ids)).to_dict()
+    config["tie_word_embeddings"] = head == EMBEDDING
+    config["quantization_config"] = BisupConfig.of(scheme, len(prompt_ids)).to_dict()
     write_json(temporary / "config.json", config)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)

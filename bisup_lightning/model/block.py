@@ -6,12 +6,19 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
-from bisup_lightning.model.family import DECODER_INPUTS, Family, linear_inputs
-from bisup_lightning.model.linear import InputQuantizer, LowRankForm, PackedLinear, QuantLinear, QuantNorm
+from bisup_lightning.model.family import LINEAR_INPUTS, Family, linear_inputs, online_rotation
+from bisup_lightning.model.linear import (
+    InputQuantizer,
+    LowRankForm,
+    PackedLinear,
+    PackedSegment,
+    QuantLinear,
+    QuantNorm,
+)
 from bisup_lightning.quant import low_rank
-from bisup_lightning.quant.clipping import search_weight_clip
-from bisup_lightning.quant.spec import Precision, QuantSpec
+from bisup_lightning.quant.spec import Scheme
 
 
 @dataclass(frozen=True)
@@ -42,95 +49,135 @@ def build_layer(family: Family, index: int, tensors: Mapping[str, Tensor]) -> nn
 
 
 def quantize_layer(
-    layer: nn.Module, precision: Precision, activation_clip: float, storage_dtype: torch.dtype
+    layer: nn.Module,
+    scheme: Scheme,
+    config: PretrainedConfig,
+    activation_clip: float,
+    storage_dtype: torch.dtype,
+    orders: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
     """Replace a layer's linears and the norms that feed them, in place: rounding with grid-searched weight clips.
 
     Args:
-        layer: An FP decoder layer; its weights are shared, not copied.
-        precision: The quantizers.
+        layer: An FP decoder layer; its weights are shared where the scheme leaves them in place.
+        scheme: The quantizers.
+        config: The model's configuration.
         activation_clip: Start of the activations' clip values.
         storage_dtype: The checkpoint's own dtype, in which scales, clip values and norms are stored.
+        orders: Order of the channels [I] of each linear input by its name, outliers last; needed if the scheme has any.
 
     Raises:
         ValueError: If a group size does not divide a linear's inputs.
     """
+    orders = orders or {}
+    for entry, linears in linear_inputs(layer):
+        order_I = orders.get(entry.name)
+        for producer in (layer.get_submodule(name) for name in entry.producers):
+            if order_I is not None:  # absorbed: the channels come out in the new order
+                producer.weight = nn.Parameter(producer.weight[order_I], requires_grad=False)
+                producer.bias = None if producer.bias is None else nn.Parameter(producer.bias[order_I], False)
+        if entry.producers and order_I is not None:
+            linears[0].weight = nn.Parameter(linears[0].weight[:, order_I], requires_grad=False)
 
-    def make_linear(linear: nn.Module, input_quantizer: nn.Module) -> QuantLinear:
-        clip = search_weight_clip(linear.weight, precision.weights, storage_dtype)
-        return QuantLinear(linear.weight, linear.bias, precision.weights, clip, input_quantizer, storage_dtype)
+    def make_linear(linear: nn.Module, arranged: InputQuantizer, input_quantizer: nn.Module) -> QuantLinear:
+        weight = linear.weight
+        if arranged.rotated:  # in float64, cast once
+            weight = arranged.arrange(weight.double()).to(weight.dtype)
+        elif arranged.order is not None:
+            weight = arranged.arrange(weight)
+        segments = scheme.segments(weight.shape[1], scheme.weights)
+        return QuantLinear(weight, linear.bias, segments, input_quantizer, storage_dtype)
 
-    _replace(layer, precision.activations, make_linear, activation_clip, storage_dtype)
+    _replace(layer, scheme, config, make_linear, activation_clip, storage_dtype, orders)
     return layer
 
 
-def pack_layer(layer: nn.Module, precision: Precision) -> nn.Module:
+def pack_layer(layer: nn.Module, scheme: Scheme, config: PretrainedConfig) -> nn.Module:
     """Give a layer the form that it has fused, in place, with meta tensors to be filled from an artifact."""
 
-    def make_linear(linear: nn.Module, input_quantizer: nn.Module) -> PackedLinear:
+    def make_linear(linear: nn.Module, arranged: InputQuantizer, input_quantizer: nn.Module) -> PackedLinear:
         rows, features = linear.weight.shape
-        return PackedLinear(rows, features, precision.weights, linear.bias is not None, input_quantizer)
+        segments = [PackedSegment(rows, segment) for segment in scheme.segments(features, scheme.weights)]
+        return PackedLinear(segments, None if linear.bias is None else torch.empty(rows), input_quantizer)
 
     with torch.device("meta"):
-        _replace(layer, precision.activations, make_linear)
+        _replace(layer, scheme, config, make_linear)
     return layer.requires_grad_(False)
 
 
 def _replace(
     layer: nn.Module,
-    activations: QuantSpec | None,
-    make_linear: Callable[[nn.Module, nn.Module], nn.Module],
+    scheme: Scheme,
+    config: PretrainedConfig,
+    make_linear: Callable[[nn.Module, InputQuantizer, nn.Module], nn.Module],
     activation_clip: float = 1.0,
     storage_dtype: torch.dtype | None = None,
+    orders: Mapping[str, Tensor] | None = None,
 ) -> None:
     for entry, linears in linear_inputs(layer):
         weight = linears[0].weight
-        quantizer: nn.Module = nn.Identity()
-        if activations is not None:
-            quantizer = InputQuantizer(weight.shape[1], activations, activation_clip, storage_dtype).to(weight.device)
+        quantizer = InputQuantizer(
+            scheme.segments(weight.shape[1], scheme.activations),
+            activation_clip,
+            storage_dtype,
+            rotated=online_rotation(entry, config) if scheme.hadamard else 0,
+            reordered=scheme.outliers > 0 and not entry.producers,
+        ).to(weight.device)
+        if quantizer.order is not None and orders is not None:
+            quantizer.order = orders[entry.name].to(quantizer.order)
+        own: nn.Module = quantizer
         if entry.norm is not None:
             layer.set_submodule(entry.norm, QuantNorm(layer.get_submodule(entry.norm), quantizer, storage_dtype))
-            quantizer = nn.Identity()
+            own = nn.Identity()
         for name, linear in zip(entry.linears, linears, strict=True):
-            layer.set_submodule(name, make_linear(linear, quantizer))
+            layer.set_submodule(name, make_linear(linear, quantizer, own))
 
 
 def add_theta(
     layer: nn.Module, theta: Theta, generator: torch.Generator, absmax: Mapping[str, Tensor] | None = None
 ) -> None:
-    """Give a quantized layer its learnable tensors, in place; the layer's output stays what it was (but for
-    `smoothquant`, which moves the difficulty from activations to weights at once).
+    """Give a quantized layer its learnable tensors, in place; at a start of ones its output stays what it was.
 
     Args:
         layer: A layer from `quantize_layer`.
         theta: What to learn.
         generator: Draws A.
-        absmax: Largest magnitude of each channel of each norm's output [I], by the norm's name; `smoothquant` needs it.
+        absmax: Largest magnitude of each channel of each linear input [I], by its name; `smoothquant` needs it.
     """
     for name, parameter in layer.named_parameters():
-        parameter.requires_grad_(theta.clip and name.endswith("clip"))
+        parameter.requires_grad_(theta.clip and is_clip(name))
     for entry, linears in linear_inputs(layer):
         if entry.norm is not None and theta.smoothing is not None:
             norm = layer.get_submodule(entry.norm)
+            order = norm.quantizer.order
             s_I = torch.ones_like(linears[0].weight[0], dtype=torch.float32)
             if theta.smoothing_start == "smoothquant":
                 assert absmax is not None
-                s_I = _smoothquant(absmax[entry.norm], linears)
+                s_I = _smoothquant(absmax[entry.name], linears, order)
             norm.smoothing = nn.Parameter(1 / s_I)
             for linear in linears:
-                hard = theta.smoothing == "hard"
-                linear.add_smoothing(norm.smoothing if hard else nn.Parameter(s_I.clone()), is_inverse=hard)
+                if theta.smoothing == "hard":
+                    linear.tie_smoothing(norm.smoothing, order)
+                else:
+                    linear.add_smoothing(nn.Parameter((s_I if order is None else s_I[order]).clone()))
         if theta.low_rank is not None:
             for linear in linears:
                 a_OR, b_RI = low_rank.start(*linear.weight.shape, theta.rank, generator)
                 linear.add_low_rank(theta.low_rank, a_OR.to(linear.weight.device), b_RI.to(linear.weight.device))
 
 
-def _smoothquant(absmax_I: Tensor, linears: list[nn.Module], alpha: float = 0.5) -> Tensor:
+def _smoothquant(absmax_I: Tensor, linears: list[nn.Module], order_I: Tensor | None, alpha: float = 0.5) -> Tensor:
     """max|X|^α / max|W|^(1−α) for each channel (SmoothQuant, eq. 4), scaled to a geometric mean of one."""
     weight_absmax_I = torch.stack([linear.weight.abs().amax(0).float() for linear in linears]).amax(0)
+    if order_I is not None:
+        weight_absmax_I = torch.empty_like(weight_absmax_I).scatter_(0, order_I.long(), weight_absmax_I)
     s_I = absmax_I.float().clamp_min(1e-5) ** alpha / weight_absmax_I.clamp_min(1e-5) ** (1 - alpha)
     return s_I / s_I.log().mean().exp()
+
+
+def is_clip(name: str) -> bool:
+    """Whether a parameter of this name is a clip value."""
+    return ".clips." in name
 
 
 def theta_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
@@ -140,15 +187,17 @@ def theta_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
 
 @torch.no_grad()
 def fuse_layer(layer: nn.Module) -> nn.Module:
-    """Fold Θ into norms and integer weights, in place. Learning already saw every number as it will be stored, so
-    the layer's output stays the same.
+    """Fold Θ into norms and integer weights, in place.
+
+    Learning already saw every number as it will be stored, so the layer's output stays the same.
 
     Args:
         layer: A layer from `quantize_layer`, with or without Θ.
     """
     for entry, linears in linear_inputs(layer):
         for name, linear in zip(entry.linears, linears, strict=True):
-            layer.set_submodule(name, linear.fuse())
+            if not isinstance(linear, PackedLinear):
+                layer.set_submodule(name, linear.fuse())
         if entry.norm is not None:
             layer.get_submodule(entry.norm).fuse()
     return layer.requires_grad_(False)
@@ -168,18 +217,16 @@ def is_fused(layer: nn.Module) -> bool:
     return all(isinstance(linear, PackedLinear) for _, linears in linear_inputs(layer) for linear in linears)
 
 
-def check_group_sizes(family: Family, precision: Precision) -> None:
-    """Refuse a group size that does not divide the inputs of some linear, before any work.
+def check_scheme(family: Family, scheme: Scheme) -> None:
+    """Refuse a group size or a number of outliers that does not fit the inputs of some linear, before any work.
 
     Raises:
         ValueError: Naming the quantizer and the linear.
     """
     shapes = family.layer_shapes(0)
-    for place, spec in {"weights": precision.weights, "activations": precision.activations}.items():
-        for entry in DECODER_INPUTS:
-            for name in entry.linears:
-                try:
-                    if spec is not None:
-                        spec.groups(shapes[f"{name}.weight"][1])
-                except ValueError as error:
-                    raise ValueError(f"precision.{place}: {error} of {name}") from error
+    for place, spec in {"weights": scheme.weights, "activations": scheme.activations}.items():
+        for name in (name for entry in LINEAR_INPUTS for name in entry.linears):
+            try:
+                scheme.segments(shapes[f"{name}.weight"][1], spec)
+            except ValueError as error:
+                raise ValueError(f"precision.{place}: {error} of {name}") from error

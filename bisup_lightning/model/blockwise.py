@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from bisup_lightning.model.block import build_layer, pack_layer
 from bisup_lightning.model.checkpoint import Checkpoint
-from bisup_lightning.model.family import EMBEDDING, FINAL_NORM, HEAD, Family
+from bisup_lightning.model.family import EMBEDDING, FINAL_NORM, Family
 from bisup_lightning.model.kv import BlockKV, KeyValue, KVRecorder, PromptKV
-from bisup_lightning.quant.spec import Precision
+from bisup_lightning.quant.spec import Scheme
 
 PROMPT = "prompt_kv."  # what the names of a saved prompt's tensors begin with
 
@@ -45,16 +45,22 @@ class BlockwiseModel:
         folder: Its folder (see `checkpoint.resolve`).
         device: Where blocks compute.
         dtype: What they compute in; None for the dtype that the configuration names.
-        precision: The quantizers if the folder holds a quantized model, else None.
+        scheme: The quantizers if the folder holds a quantized model, else None.
+        checkpoint: What to read instead of the folder's own tensors: the same model, transformed.
     """
 
     def __init__(
-        self, folder: Path, device: torch.device, dtype: torch.dtype | None = None, precision: Precision | None = None
+        self,
+        folder: Path,
+        device: torch.device,
+        dtype: torch.dtype | None = None,
+        scheme: Scheme | None = None,
+        checkpoint: Checkpoint | None = None,
     ) -> None:
         self.family = Family.of_folder(str(folder))
-        self.checkpoint = Checkpoint(folder)
-        self.device, self.precision = device, precision
-        self.storage_dtype = self.checkpoint.dtype() if precision is None else None
+        self.checkpoint = checkpoint or Checkpoint(folder)
+        self.device, self.scheme = device, scheme
+        self.storage_dtype = self.checkpoint.dtype()
         self.dtype = dtype or self.family.config.dtype or torch.float32
         self._rotary = self.family.rotary().to(device)
         self._positions = lru_cache(maxsize=8)(self._make_positions)
@@ -66,22 +72,19 @@ class BlockwiseModel:
 
     def embed(self, ids_BT: Tensor) -> Tensor:
         """Embeddings [B, T, D] of token ids, on the CPU, in the dtype that blocks compute in."""
-        table_VD = self.checkpoint.read_one(EMBEDDING)
-        return nn.functional.embedding(ids_BT.cpu(), table_VD).to(self.dtype)
+        table_VD = self.checkpoint.read_shared(EMBEDDING, torch.device("cpu"), self.dtype)
+        return nn.functional.embedding(ids_BT.cpu(), table_VD)
 
     def layer_tensors(self, index: int) -> dict[str, Tensor]:
         """The tensors of block `index` on the device; floats in the dtype that blocks compute in."""
-        return {
-            name: tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
-            for name, tensor in self.checkpoint.read_layer(index).items()
-        }
+        return self.checkpoint.read_layer(index, self.device, self.dtype)
 
     def layer(self, index: int, tensors: Mapping[str, Tensor] | None = None) -> nn.Module:
         """Block `index`, ready to run."""
         tensors = self.layer_tensors(index) if tensors is None else tensors
-        if self.precision is None:
+        if self.scheme is None:
             return build_layer(self.family, index, tensors)
-        layer = pack_layer(self.family.empty_layer(index), self.precision)
+        layer = pack_layer(self.family.empty_layer(index), self.scheme, self.family.config)
         layer.load_state_dict(dict(tensors), assign=True)
         return layer.requires_grad_(False)
 
@@ -129,9 +132,9 @@ class BlockwiseModel:
 
     def head(self) -> nn.Module:
         """Final norm and output projection: hidden states [..., D] to logits [..., V]."""
-        norm = self.family.final_norm(self.checkpoint.read_one(FINAL_NORM).to(self.device, self.dtype))
-        tied = self.family.config.tie_word_embeddings or HEAD not in self.checkpoint
-        weight_VD = self.checkpoint.read_one(EMBEDDING if tied else HEAD).to(self.device, self.dtype)
+        norm = self.family.final_norm(self.checkpoint.read_shared(FINAL_NORM, self.device, self.dtype))
+        name = self.checkpoint.head_name(self.family.config.tie_word_embeddings)
+        weight_VD = self.checkpoint.read_shared(name, self.device, self.dtype)
         projection = nn.Linear(weight_VD.shape[1], weight_VD.shape[0], bias=False, device="meta")
         projection.load_state_dict({"weight": weight_VD}, assign=True)
         return nn.Sequential(norm, projection).requires_grad_(False)

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bisup_lightning.errors import UserError
-from bisup_lightning.model.family import layer_prefix
+from bisup_lightning.model.family import EMBEDDING, FINAL_NORM, HEAD, layer_prefix
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
@@ -109,19 +109,23 @@ class Checkpoint:
                         raise UserError(f"checkpoint: {self.folder / shard}: {name}: {error}") from error
         return tensors
 
-    def read_one(self, name: str) -> Tensor:
-        """One tensor; see `read`."""
-        return self.read([name])[name]
+    def head_name(self, tied: bool) -> str:
+        """The name of the output projection's tensor; `tied`: whether the configuration ties it to the embedding."""
+        return EMBEDDING if tied or HEAD not in self.shard_of else HEAD
 
-    def read_layer(self, index: int) -> dict[str, Tensor]:
-        """The tensors of block `index`, named as inside the block."""
+    def read_shared(self, name: str, device: torch.device, dtype: torch.dtype | None) -> Tensor:
+        """A tensor outside the blocks: embedding, final norm, or head."""
+        return self.read([name])[name].to(device, dtype)
+
+    def read_layer(self, index: int, device: torch.device, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """The tensors of block `index`, named as inside the block; floats in `dtype`, or as they are stored."""
         prefix = layer_prefix(index)
         names = [name for name in self.shard_of if name.startswith(prefix)]
-        return {name.removeprefix(prefix): tensor for name, tensor in self.read(names).items()}
+        return {
+            name.removeprefix(prefix): tensor.to(device, dtype if tensor.is_floating_point() else None)
+            for name, tensor in self.read(names).items()
+        }
 
     def dtype(self) -> torch.dtype:
-        """The dtype that most blocks' weights are stored in: the first block's query projection's neighbourhood."""
-        for tensor in self.read_layer(0).values():
-            if tensor.is_floating_point() and tensor.ndim == 2:
-                return tensor.dtype
-        return self.read_one(next(iter(self.shard_of))).dtype
+        """The dtype that the final norm, and by convention all else, is stored in."""
+        return self.read([FINAL_NORM])[FINAL_NORM].dtype

@@ -13,18 +13,30 @@ from bisup_lightning.errors import UserError
 
 @dataclass(frozen=True)
 class LinearInput:
-    """An activation that is quantized once: the linears that read it and, if a norm makes it, that norm."""
+    """An activation that is quantized once: the linears that read it and, if a norm makes it, that norm.
 
+    Args:
+        name: What this application calls it.
+        linears: Who reads it.
+        norm: Who makes it, if a norm does.
+        producers: Linears whose output rows are its channels, one for one, so that a new order can be absorbed in them.
+    """
+
+    name: str
     linears: tuple[str, ...]
     norm: str | None = None
+    producers: tuple[str, ...] = ()
 
 
-DECODER_INPUTS = (
-    LinearInput(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), norm="input_layernorm"),
-    LinearInput(("self_attn.o_proj",)),
-    LinearInput(("mlp.gate_proj", "mlp.up_proj"), norm="post_attention_layernorm"),
-    LinearInput(("mlp.down_proj",)),
+ATTENTION_INPUT = LinearInput(
+    "attention_input", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), norm="input_layernorm"
 )
+ATTENTION_OUTPUT = LinearInput("attention_output", ("self_attn.o_proj",))
+MLP_INPUT = LinearInput("mlp_input", ("mlp.gate_proj", "mlp.up_proj"), norm="post_attention_layernorm")
+MLP_ACTIVATION = LinearInput("mlp_activation", ("mlp.down_proj",), producers=("mlp.gate_proj", "mlp.up_proj"))
+RESIDUAL_WRITERS = ("self_attn.o_proj", "mlp.down_proj")  # linears whose output is added to the hidden states
+VALUE = "self_attn.v_proj"
+LINEAR_INPUTS = (ATTENTION_INPUT, ATTENTION_OUTPUT, MLP_INPUT, MLP_ACTIVATION)
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")  # Qwen1.5 and 2.5 are of type qwen2
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -45,6 +57,13 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 def decoder(model: PreTrainedModel) -> nn.Module:
     """The part of a causal language model that takes token ids and a cache."""
     return model.model
+
+
+def online_rotation(entry: LinearInput, config: PretrainedConfig) -> int:
+    """How many parts of an activation QuaRot mixes at run time: the heads, every MLP channel, or none (0)."""
+    if entry is ATTENTION_OUTPUT:
+        return config.num_attention_heads
+    return config.intermediate_size if entry is MLP_ACTIVATION else 0
 
 
 def head_dim(config: PretrainedConfig) -> int:
@@ -118,5 +137,5 @@ class Family:
 
 def linear_inputs(layer: nn.Module) -> Iterator[tuple[LinearInput, list[nn.Module]]]:
     """Each quantized activation of a block with the linears that read it."""
-    for entry in DECODER_INPUTS:
+    for entry in LINEAR_INPUTS:
         yield entry, [layer.get_submodule(name) for name in entry.linears]

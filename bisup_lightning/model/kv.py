@@ -11,36 +11,61 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 from bisup_lightning.quant.affine import fake_quantize
-from bisup_lightning.quant.spec import QuantSpec
+from bisup_lightning.quant.hadamard import apply_hadamard, hadamard_factors
+from bisup_lightning.quant.spec import QuantSpec, Scheme
 
 KeyValue = tuple[Tensor, Tensor]
 
 
-def quantize_kv(x_BHTd: Tensor, spec: QuantSpec | None) -> Tensor:
-    """Keys or values with one scale for each head of a token (`head`) or for each token (`token`)."""
-    if spec is None:
-        return x_BHTd
-    if spec.granularity == "head":
-        return fake_quantize(x_BHTd, spec)
-    heads = x_BHTd.shape[1]
-    x_BTi = x_BHTd.transpose(1, 2).flatten(2)
-    return fake_quantize(x_BTi, spec).unflatten(-1, (heads, -1)).transpose(1, 2)
+class KVQuantizer:
+    """Quantizes keys and values.
+
+    Args:
+        spec: One scale for each head of a token (`head`) or for each token (`token`); None leaves them as they are.
+        hadamard: Round keys in a basis rotated within each head, and rotate back: k ↦ ⟨kH⟩Hᵀ, so that queries need no
+            rotation of their own (QuaRot).
+    """
+
+    def __init__(self, spec: QuantSpec | None, hadamard: bool = False) -> None:
+        self.spec, self.hadamard = spec, hadamard
+
+    @classmethod
+    def of(cls, scheme: Scheme) -> "KVQuantizer":
+        """The scheme's quantizer of keys and values."""
+        return cls(scheme.kv, scheme.hadamard)
+
+    def __call__(self, k_BHTd: Tensor, v_BHTd: Tensor) -> KeyValue:
+        """⟨k⟩ and ⟨v⟩."""
+        if self.spec is None:
+            return k_BHTd, v_BHTd
+        if not self.hadamard:
+            return self._quantize(k_BHTd, self.spec), self._quantize(v_BHTd, self.spec)
+        factors = hadamard_factors(k_BHTd.shape[-1], k_BHTd.dtype, k_BHTd.device)
+        k_BHTd = self._quantize(apply_hadamard(k_BHTd, factors), self.spec)
+        return apply_hadamard(k_BHTd, factors, transpose=True), self._quantize(v_BHTd, self.spec)
+
+    @staticmethod
+    def _quantize(x_BHTd: Tensor, spec: QuantSpec) -> Tensor:
+        if spec.granularity == "head":
+            return fake_quantize(x_BHTd, spec)
+        x_BTi = x_BHTd.transpose(1, 2).flatten(2)
+        return fake_quantize(x_BTi, spec).unflatten(-1, (x_BHTd.shape[1], -1)).transpose(1, 2)
 
 
 class BlockKV:
     """Stands in for the cache of one block over whole sequences: prompt in front, the rest quantized, nothing kept.
 
     Args:
-        spec: Quantizer of keys and values; None leaves them as they are.
+        quantizer: Quantizer of keys and values; None leaves them as they are.
         prompt: The prompt's keys and values, [H, P, d] each, or None.
     """
 
-    def __init__(self, spec: QuantSpec | None = None, prompt: KeyValue | None = None) -> None:
-        self.spec, self.prompt = spec, prompt
+    def __init__(self, quantizer: KVQuantizer | None = None, prompt: KeyValue | None = None) -> None:
+        self.quantizer, self.prompt = quantizer or KVQuantizer(None), prompt
 
     def update(self, k_BHTd: Tensor, v_BHTd: Tensor, layer_idx: int, *args: object, **kwargs: object) -> KeyValue:
         """Keys and values [B, H, P + T, d] that attention reads."""
-        k_BHTd, v_BHTd = quantize_kv(k_BHTd, self.spec), quantize_kv(v_BHTd, self.spec)
+        k_BHTd, v_BHTd = self.quantizer(k_BHTd, v_BHTd)
         if self.prompt is None:
             return k_BHTd, v_BHTd
         k_HPd, v_HPd = self.prompt
@@ -91,19 +116,19 @@ class PromptCacheLayer(DynamicLayer):
     """One block's growing cache for generation.
 
     Args:
-        spec: Quantizer of keys and values.
+        quantizer: Quantizer of keys and values.
         prompt: The prompt's keys and values [H, P, d], or None.
         inputs_hold_prompt: Whether the first tokens that arrive are the prompt itself. Then their keys and values are
             replaced by the exact ones; otherwise these stand in front from the start.
     """
 
-    def __init__(self, spec: QuantSpec | None, prompt: KeyValue | None, inputs_hold_prompt: bool) -> None:
+    def __init__(self, quantizer: KVQuantizer, prompt: KeyValue | None, inputs_hold_prompt: bool) -> None:
         super().__init__()
-        self.spec, self.prompt, self.inputs_hold_prompt = spec, prompt, inputs_hold_prompt
+        self.quantizer, self.prompt, self.inputs_hold_prompt = quantizer, prompt, inputs_hold_prompt
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> KeyValue:
         """Append new keys and values [B, H, T, d], quantized; return all [B, H, P + T so far, d]."""
-        k_BHTd, v_BHTd = quantize_kv(key_states, self.spec), quantize_kv(value_states, self.spec)
+        k_BHTd, v_BHTd = self.quantizer(key_states, value_states)
         if not self.is_initialized and self.prompt is not None:
             k_HPd, v_HPd = self.prompt
             seen = k_HPd.shape[1] if self.inputs_hold_prompt else 0
@@ -122,16 +147,16 @@ class PromptCache(Cache):
 
     Args:
         num_layers: L.
-        spec: Quantizer of keys and values.
+        quantizer: Quantizer of keys and values.
         prompt: The prompt in every block, or None.
         inputs_hold_prompt: See PromptCacheLayer.
     """
 
     def __init__(
-        self, num_layers: int, spec: QuantSpec | None, prompt: PromptKV | None, inputs_hold_prompt: bool = False
+        self, num_layers: int, quantizer: KVQuantizer, prompt: PromptKV | None, inputs_hold_prompt: bool = False
     ) -> None:
         layers = [
-            PromptCacheLayer(spec, None if prompt is None else prompt.of_layer(index), inputs_hold_prompt)
+            PromptCacheLayer(quantizer, None if prompt is None else prompt.of_layer(index), inputs_hold_prompt)
             for index in range(num_layers)
         ]
         super().__init__(layers=layers)

@@ -1,8 +1,9 @@
 """Linears and norms that quantize. A QuantLinear learns; fused, it becomes a PackedLinear that only computes.
 
-Shape suffixes: B sequences, T tokens, O output rows, I input features, G groups, R rank.
+Shape suffixes: B sequences, T tokens, O output rows, I input features, G groups, R rank, C columns of a segment.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -11,36 +12,68 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from bisup_lightning.quant import low_rank
-from bisup_lightning.quant.affine import as_stored, dequantize, fake_quantize, quantize, wide
+from bisup_lightning.quant.affine import as_stored, dequantize, fake_quantize_segments, quantize, wide
+from bisup_lightning.quant.clipping import search_weight_clip
+from bisup_lightning.quant.hadamard import apply_hadamard, hadamard_factors
 from bisup_lightning.quant.packing import pack, unpack
-from bisup_lightning.quant.spec import QuantSpec
+from bisup_lightning.quant.spec import QuantSpec, Segment
 
 LowRankForm = Literal["slrec", "lrec"]
 LOW_RANK = {"slrec": low_rank.slrec, "lrec": low_rank.lrec}
 
 
 class InputQuantizer(nn.Module):
-    """Quantizes the activation that one or several linears read, once for all of them.
+    """Arranges and quantizes the activation that one or several linears read, once for all of them.
 
     Args:
-        features: Size I of the activation's last dimension.
-        spec: Its quantizer; granularity `tensor` gives one clip value (WAC), any other one for each group (FWAC).
-        clip: Start of the clip values c[G] (paper §4.1; 0.9 for activations).
+        segments: How its last dimension I is split, with the quantizers; granularity `tensor` gives one clip value (WAC),
+            any other one for each group (FWAC).
+        clip: Start of the clip values (paper §4.1; 0.9 for activations).
         storage_dtype: Dtype that the clip values are stored in.
+        rotated: Size n of the online Hadamard transform (QuaRot): I for all of it, fewer to mix n heads; 0 for none.
+        reordered: Whether channels are permuted first (Atom); `order` [I] then holds the permutation.
     """
 
-    def __init__(self, features: int, spec: QuantSpec, clip: float, storage_dtype: torch.dtype | None) -> None:
+    def __init__(
+        self,
+        segments: Sequence[Segment],
+        clip: float,
+        storage_dtype: torch.dtype | None,
+        rotated: int = 0,
+        reordered: bool = False,
+    ) -> None:
         super().__init__()
-        self.spec, self.storage_dtype = spec, storage_dtype
-        self.clip = nn.Parameter(torch.full((1 if spec.granularity == "tensor" else spec.groups(features),), clip))
+        self.segments, self.storage_dtype, self.rotated = tuple(segments), storage_dtype, rotated
+        features = sum(segment.columns for segment in segments)
+        self.clips = nn.ParameterList(torch.full((_clip_count(segment),), clip) for segment in segments)
+        self.register_buffer("order", torch.arange(features, dtype=torch.int32) if reordered else None)
+        self._factors: tuple[Tensor, ...] = hadamard_factors(rotated, torch.float32) if rotated else ()
+
+    def arrange(self, x: Tensor) -> Tensor:
+        """X or a weight, [..., I], as it stands when it is quantized: x·Wᵀ = arrange(x)·arrange(W)ᵀ."""
+        if self.order is not None:
+            x = x[..., self.order]
+        if self.rotated:
+            if any(factor.device != x.device for factor in self._factors):
+                self._factors = tuple(factor.to(x.device) for factor in self._factors)
+            heads = x.unflatten(-1, (self.rotated, -1))
+            x = apply_hadamard(heads, self._factors, dim=-2).flatten(-2)
+        return x
 
     def forward(self, x_BTI: Tensor) -> Tensor:
         """⟨x⟩ in x's dtype."""
-        return fake_quantize(x_BTI, self.spec, as_stored(self.clip, self.storage_dtype))
+        clips = [as_stored(clip, self.storage_dtype) for clip in self.clips]
+        return fake_quantize_segments(self.arrange(x_BTI), self.segments, clips)
 
     def extra_repr(self) -> str:
-        """The quantizer in `print(model)`."""
-        return str(self.spec)
+        """The quantizers in `print(model)`."""
+        return f"{self.segments}, rotated={self.rotated}, reordered={self.order is not None}"
+
+
+def _clip_count(segment: Segment) -> int:
+    if segment.spec is None or segment.spec.granularity == "tensor":
+        return 1
+    return segment.spec.groups(segment.columns)
 
 
 class QuantNorm(nn.Module):
@@ -48,11 +81,11 @@ class QuantNorm(nn.Module):
 
     Args:
         norm: The block's own norm, with its weight [I].
-        quantizer: Quantizer of the norm's output, or an identity.
+        quantizer: Quantizer of the norm's output.
         storage_dtype: Dtype that the norm's weight is stored in.
     """
 
-    def __init__(self, norm: nn.Module, quantizer: nn.Module, storage_dtype: torch.dtype | None) -> None:
+    def __init__(self, norm: nn.Module, quantizer: InputQuantizer, storage_dtype: torch.dtype | None) -> None:
         super().__init__()
         self.norm, self.quantizer, self.storage_dtype = norm, quantizer, storage_dtype
         self.register_parameter("smoothing", None)
@@ -81,37 +114,46 @@ class QuantLinear(nn.Module):
     W and the bias are not part of the state dict: that is Θ alone.
 
     Args:
-        weight: W [O, I].
+        weight: W [O, I], arranged as the input is when it is quantized.
         bias: [O] or None.
-        spec: The weight's quantizer.
-        clip: Start of the clip values, shaped `spec.clip_shape(O, I)`.
+        segments: How W's columns are split, with the quantizers; clip values start at a grid search.
         input_quantizer: Quantizer of this linear's own input; an identity where a QuantNorm already quantized it.
-        scale_dtype: Dtype that the scales are stored in.
+        storage_dtype: Dtype that the scales are stored in.
     """
 
     def __init__(
         self,
         weight: Tensor,
         bias: Tensor | None,
-        spec: QuantSpec,
-        clip: Tensor,
+        segments: Sequence[Segment],
         input_quantizer: nn.Module,
-        scale_dtype: torch.dtype,
+        storage_dtype: torch.dtype,
     ) -> None:
         super().__init__()
         self.register_buffer("weight", weight.detach(), persistent=False)
         self.register_buffer("bias", None if bias is None else bias.detach(), persistent=False)
-        self.spec, self.scale_dtype = spec, scale_dtype
+        self.segments, self.storage_dtype = tuple(segments), storage_dtype
         self.input_quantizer = input_quantizer
-        self.clip = nn.Parameter(clip)
+        parts = self.weight.split([segment.columns for segment in segments], -1)
+        self.clips = nn.ParameterList(
+            torch.ones(1, 1, device=weight.device)
+            if segment.spec is None
+            else search_weight_clip(part, segment.spec, storage_dtype)
+            for part, segment in zip(parts, segments, strict=True)
+        )
         self.smoothing_is_inverse = False
+        self.smoothing_order: Tensor | None = None
         self.low_rank_form: LowRankForm = "slrec"
         for name in ("smoothing", "low_rank_a", "low_rank_b"):
             self.register_parameter(name, None)
 
-    def add_smoothing(self, smoothing: nn.Parameter, is_inverse: bool = False) -> None:
-        """Give this linear its s2[I], or, with `is_inverse`, the norm's s1 to divide by (WAS)."""
-        self.smoothing, self.smoothing_is_inverse = smoothing, is_inverse
+    def add_smoothing(self, smoothing: nn.Parameter) -> None:
+        """Give this linear its own s2 [I] (SWAS)."""
+        self.smoothing = smoothing
+
+    def tie_smoothing(self, smoothing: nn.Parameter, order: Tensor | None) -> None:
+        """Divide by the norm's s1 [I], reordered as this linear's columns are (WAS)."""
+        self.smoothing, self.smoothing_is_inverse, self.smoothing_order = smoothing, True, order
 
     def add_low_rank(self, form: LowRankForm, a_OR: Tensor, b_RI: Tensor) -> None:
         """Give this linear its low-rank compensation."""
@@ -124,62 +166,99 @@ class QuantLinear(nn.Module):
         if self.low_rank_a is not None:
             w_OI = LOW_RANK[self.low_rank_form](w_OI, self.low_rank_a, self.low_rank_b)
         if self.smoothing is not None:
-            w_OI = w_OI / self.smoothing if self.smoothing_is_inverse else w_OI * self.smoothing
+            s_I = self.smoothing if self.smoothing_order is None else self.smoothing[self.smoothing_order]
+            w_OI = w_OI / s_I if self.smoothing_is_inverse else w_OI * s_I
         return wide(w_OI)
 
     def forward(self, x_BTI: Tensor) -> Tensor:
         """⟨x⟩ Ŵᵀ + bias, in x's dtype."""
-        w_OI = fake_quantize(self.compensated_weight(), self.spec, self.clip, self.scale_dtype)
+        w_OI = fake_quantize_segments(self.compensated_weight(), self.segments, list(self.clips), self.storage_dtype)
         return F.linear(self.input_quantizer(x_BTI), w_OI.to(x_BTI.dtype), self.bias)
+
+    def unquantized(self) -> "PackedLinear":
+        """The same linear with its weight as it is; only its input is quantized."""
+        whole = PackedSegment.of_values(self.weight, self.weight.dtype)
+        return PackedLinear([whole], self.bias, self.input_quantizer)
 
     @torch.no_grad()
     def fuse(self) -> "PackedLinear":
         """The linear with Θ folded in and the weight as integer codes; it computes the same output."""
-        codes_OI, scale_OG, _ = quantize(self.compensated_weight(), self.spec, self.clip, self.scale_dtype)
-        return PackedLinear.from_codes(codes_OI, scale_OG, self.spec, self.bias, self.input_quantizer)
+        parts = self.compensated_weight().split([segment.columns for segment in self.segments], -1)
+        packed = [
+            PackedSegment.of_values(part, self.storage_dtype)
+            if segment.spec is None
+            else PackedSegment.of_codes(*quantize(part, segment.spec, clip, self.storage_dtype)[:2], segment.spec)
+            for part, segment, clip in zip(parts, self.segments, self.clips, strict=True)
+        ]
+        return PackedLinear(packed, self.bias, self.input_quantizer)
+
+
+class PackedSegment(nn.Module):
+    """Neighbouring columns of a weight [O, C]: packed codes and scales, or values where they are not quantized.
+
+    Args:
+        rows: O.
+        segment: Number of columns C and their quantizer (symmetric), or None.
+    """
+
+    def __init__(self, rows: int, segment: Segment) -> None:
+        super().__init__()
+        self.columns, self.spec = segment.columns, segment.spec
+        for name in ("codes", "scale", "values"):
+            self.register_buffer(name, None)
+        if segment.spec is None:
+            self.values = torch.empty(rows, segment.columns)
+        else:
+            self.codes = torch.empty(rows, segment.spec.bits, -(-segment.columns // 8), dtype=torch.uint8)
+            self.scale = torch.empty(rows, segment.spec.groups(segment.columns))
+
+    @classmethod
+    def of_codes(cls, codes_OC: Tensor, scale_OG: Tensor, spec: QuantSpec) -> "PackedSegment":
+        """Pack codes with their scales."""
+        with torch.device("meta"):
+            packed = cls(codes_OC.shape[0], Segment(codes_OC.shape[1], spec))
+        packed.codes, packed.scale = pack(codes_OC, spec.bits, spec.qmin), scale_OG
+        return packed
+
+    @classmethod
+    def of_values(cls, w_OC: Tensor, storage_dtype: torch.dtype) -> "PackedSegment":
+        """Keep values, as they will be stored."""
+        with torch.device("meta"):
+            packed = cls(w_OC.shape[0], Segment(w_OC.shape[1], None))
+        packed.values = as_stored(w_OC, storage_dtype)
+        return packed
+
+    def dense(self) -> Tensor:
+        """The columns [O, C] in the wide dtype."""
+        if self.spec is None:
+            return wide(self.values)
+        return dequantize(unpack(self.codes, self.columns, self.spec.qmin), self.scale)
+
+    def extra_repr(self) -> str:
+        """Width and quantizer in `print(model)`."""
+        return f"columns={self.columns}, {self.spec}"
 
 
 class PackedLinear(nn.Module):
     """A linear whose weight is packed integer codes and scales: what the artifact stores and runs.
 
     Args:
-        out_features: O.
-        in_features: I.
-        spec: The weight's quantizer (symmetric).
-        bias: Whether there is a bias [O].
+        segments: The weight's columns.
+        bias: [O] or None.
         input_quantizer: Quantizer of this linear's own input, or an identity.
     """
 
-    def __init__(
-        self, out_features: int, in_features: int, spec: QuantSpec, bias: bool, input_quantizer: nn.Module
-    ) -> None:
+    def __init__(self, segments: Sequence[PackedSegment], bias: Tensor | None, input_quantizer: nn.Module) -> None:
         super().__init__()
-        self.in_features, self.out_features, self.spec = in_features, out_features, spec
+        self.segments = nn.ModuleList(segments)
+        self.register_buffer("bias", bias)
         self.input_quantizer = input_quantizer
-        codes = torch.empty(out_features, spec.bits, -(-in_features // 8), dtype=torch.uint8)
-        self.register_buffer("codes", codes)
-        self.register_buffer("scale", torch.empty(out_features, spec.groups(in_features)))
-        self.register_buffer("bias", torch.empty(out_features) if bias else None)
-
-    @classmethod
-    def from_codes(
-        cls, codes_OI: Tensor, scale_OG: Tensor, spec: QuantSpec, bias: Tensor | None, input_quantizer: nn.Module
-    ) -> "PackedLinear":
-        """Pack codes [O, I] with their scales [O, G]."""
-        with torch.device("meta"):
-            linear = cls(*codes_OI.shape, spec, bias is not None, nn.Identity())
-        linear.codes, linear.scale = pack(codes_OI, spec.bits, spec.qmin), scale_OG
-        linear.bias, linear.input_quantizer = bias, input_quantizer
-        return linear
 
     def dense_weight(self) -> Tensor:
         """Ŵ [O, I] in the wide dtype."""
-        return dequantize(unpack(self.codes, self.in_features, self.spec.qmin), self.scale)
+        parts = [segment.dense() for segment in self.segments]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
     def forward(self, x_BTI: Tensor) -> Tensor:
         """⟨x⟩ Ŵᵀ + bias, in x's dtype."""
         return F.linear(self.input_quantizer(x_BTI), self.dense_weight().to(x_BTI.dtype), self.bias)
-
-    def extra_repr(self) -> str:
-        """Shape and quantizer in `print(model)`."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, {self.spec}"

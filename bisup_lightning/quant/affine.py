@@ -4,10 +4,12 @@ Shape suffixes: O output rows, I input features, G groups of g elements each (I 
 All arithmetic runs in float32 or wider, whatever the dtype of the tensors, and results come back in the input's dtype.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from bisup_lightning.quant.spec import QuantSpec
+from bisup_lightning.quant.spec import QuantSpec, Segment
 
 MIN_SCALE = 2.0**-24  # a row of zeros still needs a scale; the smallest number that every 16-bit float format holds
 
@@ -131,3 +133,16 @@ def fake_quantize(
         return _RoundToGrid.apply(x_Gg, scale, spec.qmin, spec.qmax).flatten(-2)
     shifted = _RoundToGrid.apply(wide(x_Gg) - offset, scale, spec.qmin, spec.qmax)
     return (shifted + offset).to(x.dtype).flatten(-2)
+
+
+def fake_quantize_segments(
+    x: Tensor, segments: Sequence[Segment], clips: Sequence[Tensor], scale_dtype: torch.dtype | None = None
+) -> Tensor:
+    """`fake_quantize` of [..., I], each segment of columns under its own quantizer and clip values."""
+    parts = [
+        part if segment.spec is None else fake_quantize(part, segment.spec, clip, scale_dtype)
+        for part, segment, clip in zip(
+            x.split([segment.columns for segment in segments], -1), segments, clips, strict=True
+        )
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)

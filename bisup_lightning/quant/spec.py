@@ -1,6 +1,6 @@
 """What it means to quantize a tensor, as a small value that travels instead of a bag of arguments."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Granularity = Literal["row", "group", "tensor", "head", "token"]
@@ -89,3 +89,55 @@ class Precision:
             raise ValueError(f"kv.granularity must be head or token, not {self.kv.granularity}")
         if self.kv and self.kv.group_size is not None:
             raise ValueError("kv.group_size must be null: keys and values are scaled by head or by token")
+
+
+@dataclass(frozen=True)
+class Scheme(Precision):
+    """A precision together with what a transform leaves to be done at run time: all that a fused block depends on.
+
+    Args:
+        weights: See Precision.
+        activations: See Precision.
+        kv: See Precision.
+        hadamard: Rotate the inputs of o_proj (across heads) and down_proj before they are quantized, and quantize keys in
+            a rotated basis (QuaRot).
+        outliers: Number of channels, moved to the end of every linear's input, that have a quantizer of their own (Atom).
+        outlier_bits: Their width; null keeps them in full precision.
+    """
+
+    hadamard: bool = False
+    outliers: int = 0
+    outlier_bits: int | None = 8
+
+    @classmethod
+    def of(cls, precision: Precision, **at_run_time: bool | int | None) -> "Scheme":
+        """A precision with what a transform adds."""
+        return cls(precision.weights, precision.activations, precision.kv, **at_run_time)
+
+    def segments(self, features: int, spec: QuantSpec | None) -> tuple["Segment", ...]:
+        """How a row of `features` elements is split: normal channels under `spec`, then the outliers.
+
+        Raises:
+            ValueError: If there are no channels left, or a group size does not divide them.
+        """
+        if features <= self.outliers:
+            raise ValueError(f"{self.outliers} outliers leave nothing of {features} features")
+        normal = Segment(features - self.outliers, spec)
+        if spec is not None:
+            spec.groups(normal.columns)
+        if not self.outliers:
+            return (normal,)
+        wide_spec = (
+            None
+            if spec is None or self.outlier_bits is None
+            else replace(spec, bits=self.outlier_bits, group_size=None)
+        )
+        return normal, Segment(self.outliers, wide_spec)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Neighbouring columns under one quantizer; None leaves them as they are."""
+
+    columns: int
+    spec: QuantSpec | None
