@@ -1,4 +1,4 @@
-"""The command line: reads configurations, builds what they describe, and starts it. The only reader of configuration."""
+"""The command line: reads configurations, builds what they describe, starts it. The only reader of configuration."""
 
 import copy
 import logging
@@ -57,9 +57,8 @@ def fit_parser() -> LightningArgumentParser:
     )
     parser.add_argument("--seed", type=int, default=0, help="Seed of all that is drawn.")
     parser.add_class_arguments(Precision, "precision", help="What is quantized, and how finely.")
-    parser.add_subclass_arguments(
-        Transform, "transform", default=lazy_instance(NoTransform), help="What the model undergoes first."
-    )
+    untransformed = lazy_instance(NoTransform)
+    parser.add_subclass_arguments(Transform, "transform", default=untransformed, help="What the model undergoes first.")
     parser.add_subclass_arguments(Solver, "solver", help="How each block is solved.")
     parser.add_class_arguments(CalibrationData, "data", help="Text to calibrate on.")
     parser.add_class_arguments(Prompt, "prompt", help="The prompt that stays at high precision.")

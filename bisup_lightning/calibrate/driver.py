@@ -29,7 +29,7 @@ class BlockResult:
 
     Args:
         index: Its place in the model.
-        tensors: What the artifact holds of it, by full name: packed weights, scales, clips, norms, the prompt's K and V.
+        tensors: What the artifact holds of it, by full name: packed weights, clips, norms, the prompt's K and V.
         loss_initial: Mean square error of the start (rounding with grid-searched clips).
         loss_final: Mean square error of the fused block.
         relative_mse: `loss_final` over the mean square of the full-precision output.

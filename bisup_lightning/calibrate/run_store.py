@@ -1,6 +1,7 @@
 """The run directory: finished blocks, the streams behind the last one, and the manifest that says what counts.
 
-Order of writing: block folder, streams, manifest; each appears by rename. What the manifest does not name does not count.
+Order of writing: block folder, streams, manifest; each appears by rename. What the manifest does not name, does not
+count.
 """
 
 import json

@@ -29,14 +29,15 @@ class Theta:
         clip: Learn clip values (Θ1, §4.1).
         smoothing: Learn smoothing vectors (Θ2, §4.2): `soft` frees s1 and s2 of each other (SWAS), `hard` ties s2 to
             1/s1 (WAS), null leaves them out.
-        smoothing_start: Start at s1 = 1/s, s2 = s of the `smoothquant` formula with alpha 0.5, or at `ones` (paper).
+        smoothing_start: Start at s1 = 1/s, s2 = s of the `smoothquant` formula with alpha 0.5, or at `ones` (paper);
+            `auto` takes ones on a rotated model, whose channels are alike, and smoothquant elsewhere.
         low_rank: Learn a low-rank compensation (Θ3, §4.3): `slrec` for W(1 + AB), `lrec` for W + AB, null for none.
         rank: Inner size r of A and B.
     """
 
     clip: bool = True
     smoothing: Literal["soft", "hard"] | None = "soft"
-    smoothing_start: Literal["ones", "smoothquant"] = "smoothquant"
+    smoothing_start: Literal["auto", "smoothquant", "ones"] = "auto"
     low_rank: LowRankForm | None = "slrec"
     rank: int = 32
 
@@ -143,7 +144,12 @@ def add_theta(
         theta: What to learn.
         generator: Draws A.
         absmax: Largest magnitude of each channel of each linear input [I], by its name; `smoothquant` needs it.
+
+    Raises:
+        KeyError: If `smoothquant` lacks the figures of an input.
     """
+    absmax = absmax or {}
+    rotated = any(isinstance(module, InputQuantizer) and module.rotated for module in layer.modules())
     for name, parameter in layer.named_parameters():
         parameter.requires_grad_(theta.clip and is_clip(name))
     for entry, linears in linear_inputs(layer):
@@ -151,8 +157,7 @@ def add_theta(
             norm = layer.get_submodule(entry.norm)
             order = norm.quantizer.order
             s_I = torch.ones_like(linears[0].weight[0], dtype=torch.float32)
-            if theta.smoothing_start == "smoothquant":
-                assert absmax is not None
+            if theta.smoothing_start == "smoothquant" or (theta.smoothing_start == "auto" and not rotated):
                 s_I = _smoothquant(absmax[entry.name], linears, order)
             norm.smoothing = nn.Parameter(1 / s_I)
             for linear in linears:

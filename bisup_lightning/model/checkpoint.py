@@ -38,7 +38,7 @@ def resolve(checkpoint: str) -> Path:
             raise UserError(f"checkpoint: no folder and no model on the hub is named {checkpoint}") from error
         except (LocalEntryNotFoundError, OSError) as error:
             raise UserError(
-                f"checkpoint: {checkpoint} is no folder here and the hub can't be reached; check the path or the network"
+                f"checkpoint: {checkpoint} is no folder, and the hub can't be reached; check the path or the network"
             ) from error
     if not (folder / "config.json").is_file():
         raise UserError(f"checkpoint: {folder} has no config.json")

@@ -26,8 +26,8 @@ class InputQuantizer(nn.Module):
     """Arranges and quantizes the activation that one or several linears read, once for all of them.
 
     Args:
-        segments: How its last dimension I is split, with the quantizers; granularity `tensor` gives one clip value (WAC),
-            any other one for each group (FWAC).
+        segments: How its last dimension I is split, with the quantizers; granularity `tensor` gives one clip value
+            (WAC), any other one for each group (FWAC).
         clip: Start of the clip values (paper §4.1; 0.9 for activations).
         storage_dtype: Dtype that the clip values are stored in.
         rotated: Size n of the online Hadamard transform (QuaRot): I for all of it, fewer to mix n heads; 0 for none.
@@ -50,7 +50,7 @@ class InputQuantizer(nn.Module):
         self._factors: tuple[Tensor, ...] = hadamard_factors(rotated, torch.float32) if rotated else ()
 
     def arrange(self, x: Tensor) -> Tensor:
-        """X or a weight, [..., I], as it stands when it is quantized: x·Wᵀ = arrange(x)·arrange(W)ᵀ."""
+        """An activation or weight [..., I] as it stands when it is quantized: x·Wᵀ = arrange(x)·arrange(W)ᵀ."""
         if self.order is not None:
             x = x[..., self.order]
         if self.rotated:

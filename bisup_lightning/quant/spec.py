@@ -99,9 +99,9 @@ class Scheme(Precision):
         weights: See Precision.
         activations: See Precision.
         kv: See Precision.
-        hadamard: Rotate the inputs of o_proj (across heads) and down_proj before they are quantized, and quantize keys in
-            a rotated basis (QuaRot).
-        outliers: Number of channels, moved to the end of every linear's input, that have a quantizer of their own (Atom).
+        hadamard: Rotate the inputs of o_proj (across heads) and down_proj before they are quantized, and quantize keys
+            in a rotated basis (QuaRot).
+        outliers: Number of channels, moved to the end of every linear's input, with a quantizer of their own (Atom).
         outlier_bits: Their width; null keeps them in full precision.
     """
 
