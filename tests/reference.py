@@ -5,11 +5,12 @@ out as float64; the work in between is loops over plain numbers, except where au
 plain composition of torch's own operations on one group at a time.
 
 Contents: number formats · quantize, dequantize (eq. 1-3) · straight-through fake_quantize · clip search · bit packing ·
-low rank (eq. 6, 7).
+low rank (eq. 6, 7) · a decoder block with Θ (eq. 3, 5-8).
 """
 
 import itertools
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -294,3 +295,172 @@ def slrec(w: Tensor, a: Tensor, b: Tensor) -> Tensor:
 def lrec(w: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """Eq. 6: W + AB."""
     return w + product(a, b)
+
+
+# --- a decoder block with Θ (eq. 3, 5-8; §4.5) ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the tensors of a decoder block do not tell: heads, their size, the norms' ε and the base of RoPE."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    eps: float = 1e-6
+    rope_base: float = 10000.0
+
+
+@dataclass(frozen=True)
+class Quantizers:
+    """Widths of a quantized block, what shares a scale of its keys and values, and the form of Θ2 and Θ3."""
+
+    weights: int
+    activations: int | None
+    kv: int | None
+    group_size: int | None = None
+    kv_granularity: str = "head"
+    hard: bool = False
+    low_rank: str = "slrec"
+
+
+NORM_BEFORE = {f"self_attn.{part}_proj": "input_layernorm" for part in "qkv"} | {
+    f"mlp.{part}_proj": "post_attention_layernorm" for part in ("gate", "up")
+}
+
+
+class DecoderBlock:
+    """A Llama-like decoder block in float64: full-precision with `quantizers` None, else with Θ.
+
+    Tensors are named as in a checkpoint; Θ by what it belongs to: `<norm>.smoothing` s1, `<linear>.smoothing` s2,
+    `<linear>.low_rank_a`, `<linear>.low_rank_b`, `<linear>.clip` [O, G], and `<input>.input_clip` [G], where an input
+    is named after the norm that makes it or the linear that reads it.
+
+    After a call, `tie_distance` is how near any rounding or gradient came to being undecided, in steps.
+    """
+
+    def __init__(self, tensors, shape, quantizers=None, theta=None):
+        self.tensors = {name: tensor.double() for name, tensor in tensors.items()}
+        self.shape, self.quantizers, self.theta = shape, quantizers, theta or {}
+        self.tie_distance = math.inf
+
+    def __call__(self, x: Tensor, prompt: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Hidden states [B, T, D] behind the block; the prompt's keys and values [H, P, d] stand in front."""
+        return torch.stack([self.sequence(x_TD, prompt) for x_TD in x.double()])
+
+    def sequence(self, x: Tensor, prompt: tuple[Tensor, Tensor] | None) -> Tensor:
+        """One sequence [T, D]."""
+        normed = self.norm("input_layernorm", x)
+        q, k, v = (self.linear(f"self_attn.{part}_proj", normed) for part in "qkv")
+        x = x + self.linear("self_attn.o_proj", self.input("self_attn.o_proj", self.attention(q, k, v, prompt)))
+        normed = self.norm("post_attention_layernorm", x)
+        gate, up = self.linear("mlp.gate_proj", normed), self.linear("mlp.up_proj", normed)
+        return x + self.linear("mlp.down_proj", self.input("mlp.down_proj", gate / (1 + torch.exp(-gate)) * up))
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, prompt: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Causal attention of q [T, heads·d] over the prompt and k, v [T, kv_heads·d], one head and query at a time."""
+        shape, start = self.shape, 0 if prompt is None else prompt[0].shape[1]
+        q, k, v = (part.unflatten(-1, (-1, shape.head_dim)) for part in (q, k, v))
+        if "self_attn.q_norm.weight" in self.tensors:
+            q = rms_norm(q, self.tensors["self_attn.q_norm.weight"], shape.eps)
+            k = rms_norm(k, self.tensors["self_attn.k_norm.weight"], shape.eps)
+        q, k = (torch.stack([rope(x_hd, start + t, shape.rope_base) for t, x_hd in enumerate(part)]) for part in (q, k))
+        k, v = self.keys_or_values(k), self.keys_or_values(v)
+        if prompt is not None:  # high precision, never quantized
+            k, v = (
+                torch.cat([front.double().transpose(0, 1), part]) for front, part in zip(prompt, (k, v), strict=True)
+            )
+        rows = []
+        for t in range(len(q)):
+            heads = []
+            for h in range(shape.heads):
+                shared = h * shape.kv_heads // shape.heads
+                seen = slice(0, start + t + 1)
+                scores = torch.exp(k[seen, shared] @ q[t, h] / math.sqrt(shape.head_dim))
+                heads.append((scores / scores.sum()) @ v[seen, shared])
+            rows.append(torch.cat(heads))
+        return torch.stack(rows)
+
+    def keys_or_values(self, x: Tensor) -> Tensor:
+        """⟨k⟩ or ⟨v⟩ of [T, H, d]: asymmetric, a scale for each head of a token, or for each token."""
+        if self.quantizers is None or self.quantizers.kv is None:
+            return x
+        if self.quantizers.kv_granularity == "head":
+            return self.fake_quantize(x, self.quantizers.kv, symmetric=False)
+        return self.fake_quantize(x.flatten(1), self.quantizers.kv, symmetric=False).unflatten(-1, x.shape[1:])
+
+    def norm(self, name: str, x: Tensor) -> Tensor:
+        """⟨norm(x) · s1⟩ (eq. 5): s1 multiplies the norm's weight."""
+        weight = self.tensors[f"{name}.weight"] * self.theta.get(f"{name}.smoothing", 1.0)
+        return self.input(name, rms_norm(x, weight, self.shape.eps))
+
+    def input(self, name: str, x: Tensor) -> Tensor:
+        """⟨x⟩ under the input's clip values (eq. 3)."""
+        if self.quantizers is None or self.quantizers.activations is None:
+            return x
+        clip = self.theta.get(f"{name}.input_clip")
+        return self.fake_quantize(x, self.quantizers.activations, True, self.quantizers.group_size, clip)
+
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        """x Ŵᵀ + bias with Ŵ = ⟨(W ⊙ (1 + AB)) · s2⟩ (eq. 3, 5, 7), or W + AB for W ⊙ (1 + AB) (eq. 6)."""
+        weight = self.tensors[f"{name}.weight"]
+        if self.quantizers is not None:
+            if f"{name}.low_rank_a" in self.theta:
+                form = {"slrec": slrec, "lrec": lrec}[self.quantizers.low_rank]
+                weight = form(weight, self.theta[f"{name}.low_rank_a"], self.theta[f"{name}.low_rank_b"])
+            weight = weight * self.column_smoothing(name)
+            clip = self.theta.get(f"{name}.clip")
+            weight = self.fake_quantize(weight, self.quantizers.weights, True, self.quantizers.group_size, clip)
+        return x @ weight.T + self.tensors.get(f"{name}.bias", 0.0)
+
+    def column_smoothing(self, name: str) -> Tensor | float:
+        """s2 [I] of a linear: its own, or 1/s1 where s1 and s2 are tied."""
+        if self.quantizers.hard and name in NORM_BEFORE and f"{NORM_BEFORE[name]}.smoothing" in self.theta:
+            return 1 / self.theta[f"{NORM_BEFORE[name]}.smoothing"]
+        return self.theta.get(f"{name}.smoothing", 1.0)
+
+    def fake_quantize(self, x, bits, symmetric, group_size=None, clip=None):
+        """`fake_quantize`, watching for ties."""
+        distance = tie_distance(x.detach(), bits, symmetric, group_size, None if clip is None else clip.detach())
+        self.tie_distance = min(self.tie_distance, distance)
+        return fake_quantize(x, bits, symmetric, group_size, clip)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x over its root mean square, times the weight."""
+    return x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps) * weight
+
+
+def rope(x: Tensor, position: int, base: float) -> Tensor:
+    """RoPE of [..., d] at a position: element i turns with element i + d/2 by position · base^(-2i/d)."""
+    half = x.shape[-1] // 2
+    first, second = [], []
+    for i in range(half):
+        angle = position * base ** (-2 * i / x.shape[-1])
+        a, b = x[..., i], x[..., i + half]
+        first.append(a * math.cos(angle) - b * math.sin(angle))
+        second.append(b * math.cos(angle) + a * math.sin(angle))
+    return torch.stack(first + second, -1)
+
+
+def tie_distance(x, bits, symmetric, group_size=None, clip=None) -> float:
+    """How far x [..., I] is from where its rounding or a gradient is undecided, in steps.
+
+    An element is undecided halfway between two codes; a gradient is where two elements share the extreme that sets Δ.
+    """
+    clips, least = clips_per_group(x, group_size, clip), math.inf
+    for row in rows_of(x):
+        for g, group in enumerate(group_slices(x.shape[-1], group_size)):
+            numbers = x[row][group].tolist()
+            _, scale, offset = quantize_numbers(numbers, bits, symmetric, clips[row][g].item())
+            least = min(least, *(abs((number - offset) / scale % 1 - 0.5) for number in numbers))
+            ordered = sorted(abs(number) for number in numbers) if symmetric else sorted(numbers)
+            least = min(least, (ordered[-1] - ordered[-2]) / scale)
+            if not symmetric:
+                least = min(least, (ordered[1] - ordered[0]) / scale)
+    return least
+
+
+def block_loss(quantized: DecoderBlock, x_q: Tensor, full: DecoderBlock, x_fp: Tensor, prompt=None) -> Tensor:
+    """Eq. 8: mean square of the quantized block on x_q against the full-precision block on x_fp."""
+    return (quantized(x_q, prompt) - full(x_fp, prompt)).square().mean()

@@ -50,7 +50,7 @@ class InputQuantizer(nn.Module):
         self._factors: tuple[Tensor, ...] = hadamard_factors(rotated, torch.float32) if rotated else ()
 
     def arrange(self, x: Tensor) -> Tensor:
-        """An activation or weight [..., I] as it stands when it is quantized: x·Wᵀ = arrange(x)·arrange(W)ᵀ."""
+        """The order and basis in which an activation, or a weight that meets it, [..., I], is quantized; x·Wᵀ stays."""
         if self.order is not None:
             x = x[..., self.order]
         if self.rotated:

@@ -1,0 +1,27 @@
+# Each target sets up what it needs by itself, in .venv, once for each state of the requirements files.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check
+.DELETE_ON_ERROR:
+
+demo: .venv/requirements.stamp
+	$(BIN)/python main.py fit --config configs/demo.yaml --config configs/solver/rtn.yaml --run_dir runs/demo-rtn
+	$(BIN)/python main.py fit --config configs/demo.yaml
+	$(BIN)/python main.py compare runs/demo-rtn runs/demo
+
+test: .venv/requirements-dev.stamp
+	$(BIN)/python -m pytest
+
+check: .venv/requirements-dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(BIN)/python:
+	$(PYTHON) -m venv .venv
+
+.venv/requirements-dev.stamp: requirements.txt  # which it includes
+.venv/%.stamp: %.txt | $(BIN)/python
+	$(BIN)/python -m pip install -r $<
+	touch $@
