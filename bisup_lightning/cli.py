@@ -115,8 +115,7 @@ def trainer_factory(settings: Namespace, callbacks: Sequence[Callback], logs: Pa
     def make(index: int, epochs: int) -> Trainer:
         logger = settings.logger
         if logger in (None, True):
-            place = {"save_dir": logs, "name": "", "version": f"{index:05d}"}
-            logger = [CSVLogger(**place), TensorBoardLogger(**place)]
+            logger = [kind(logs, name="", version=f"{index:05d}") for kind in (CSVLogger, TensorBoardLogger)]
         return Trainer(
             **own,
             devices=1,

@@ -21,11 +21,11 @@ class WalkProgress(WalkCallback):
     def __init__(self) -> None:
         self.console = Console(highlight=False, soft_wrap=True)
         self.live: Live | None = None
+        self.first: int | None = None  # block of this process
 
     def on_walk_start(self, walk: BlockWalk) -> None:
         """Open the line."""
-        self.started, self.first = time.perf_counter(), None
-        self.num_blocks, self.device = walk.model.num_layers, walk.model.device
+        self.walk, self.num_blocks, self.device = walk, walk.model.num_layers, walk.model.device
         if self.console.is_terminal:
             self.live = Live(console=self.console, refresh_per_second=4, transient=True)
             self.live.start()
@@ -33,7 +33,8 @@ class WalkProgress(WalkCallback):
     def on_block_start(self, walk: BlockWalk, index: int) -> None:
         """Name the block."""
         self.index, self.trained = index, False
-        self.first = index if self.first is None else self.first
+        if self.first is None:
+            self.first, self.started = index, time.perf_counter()
         self._show(f"block {index + 1}/{self.num_blocks}")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -41,7 +42,8 @@ class WalkProgress(WalkCallback):
         self.trained = True
         loss = trainer.callback_metrics["loss"].item()
         epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
-        self._show(f"block {self.index + 1}/{self.num_blocks} · {epoch} · loss {loss:.3e}")
+        change = f"loss {loss:.3e}, at the start {self.walk.loss_initial:.3e}"
+        self._show(f"block {self.index + 1}/{self.num_blocks} · {epoch} · {change}")
 
     def on_block_end(self, walk: BlockWalk, result: BlockResult) -> None:
         """Leave the block's line."""
@@ -65,7 +67,7 @@ class WalkProgress(WalkCallback):
             self.live = None
 
     def _show(self, now: str) -> None:
-        if self.live is not None:
+        if self.live is not None and self.first is not None:
             elapsed = time.perf_counter() - self.started
             done = self.index - self.first
             left = f" · {_clock(elapsed / done * (self.num_blocks - self.index))} left" if done else ""

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from bisup_lightning.model.block import theta_parameters
@@ -73,7 +74,7 @@ class BlockCalibration(LightningModule):
                 if name.endswith("clip"):
                     parameter.clamp_(min=MIN_CLIP)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW with one parameter group for each kind of tensor in Θ."""
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for name, parameter in theta_parameters(self.layer).items():

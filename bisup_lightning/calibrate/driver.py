@@ -95,6 +95,7 @@ class BlockWalk:
         self.inputs: LayerInputs
         self.prompt_1PD: Tensor
         self.next_block = 0
+        self.loss_initial = float("nan")  # of the block at hand
 
     def prepare(self) -> None:
         """Let the callbacks set up before the streams are made."""
@@ -116,12 +117,14 @@ class BlockWalk:
 
     def run(self) -> None:
         """Walk from where it stands to the last block."""
-        for index in range(self.next_block, self.model.num_layers):
-            self._tell("on_block_start", index)
-            result = self.calibrate(index)
-            self.next_block = index + 1
-            self._tell("on_block_end", result)
-        self._tell("on_walk_end")
+        try:
+            for index in range(self.next_block, self.model.num_layers):
+                self._tell("on_block_start", index)
+                result = self.calibrate(index)
+                self.next_block = index + 1
+                self._tell("on_block_end", result)
+        finally:
+            self._tell("on_walk_end")
 
     def calibrate(self, index: int) -> BlockResult:
         """Solve one block and advance both streams behind it."""
@@ -152,18 +155,18 @@ class BlockWalk:
             make_trainer=lambda epochs: self.make_trainer(index, epochs),
         )
         start = fuse_layer(block.start())
-        outputs, loss_initial = self.inputs.outputs_q(block.run(start))
-        layer, loss = start, loss_initial
+        outputs, self.loss_initial = self.inputs.outputs_q(block.run(start))
+        layer, loss = start, self.loss_initial
         solved = self.solver.solve(block)
         if solved is not None:
             solved_outputs, solved_loss = self.inputs.outputs_q(block.run(solved))
-            if solved_loss < loss_initial:  # false for NaN, too
+            if solved_loss < self.loss_initial:  # false for NaN, too
                 layer, outputs, loss = solved, solved_outputs, solved_loss
         self.inputs.advance_q(outputs)
         return BlockResult(
             index=index,
             tensors=self._stored(index, layer, prompt),
-            loss_initial=loss_initial,
+            loss_initial=self.loss_initial,
             loss_final=loss,
             relative_mse=loss / self.inputs.mean_square_target(),
             kept_start=layer is start,

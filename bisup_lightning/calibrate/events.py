@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 class WalkCallback(Callback):
     """A Lightning callback that also hears of the walk over the blocks."""
 
+    saves_blocks = False  # whether finished blocks reach the run directory through this callback
+
     def on_walk_start(self, walk: BlockWalk) -> None:
         """Before the streams are made or read."""
 
@@ -23,4 +25,4 @@ class WalkCallback(Callback):
         """When a block is fused and both streams stand behind it."""
 
     def on_walk_end(self, walk: BlockWalk) -> None:
-        """After the last block."""
+        """When the walk ends, with the last block or with an error."""

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 import bisup_lightning
 from bisup_lightning.calibrate.driver import BlockWalk
+from bisup_lightning.calibrate.events import WalkCallback
 from bisup_lightning.calibrate.run_store import BLOCK, RunStore
 from bisup_lightning.calibrate.solvers import Solver
 from bisup_lightning.data import corpus
@@ -31,7 +32,7 @@ from bisup_lightning.model.block import check_scheme
 from bisup_lightning.model.blockwise import BlockwiseModel
 from bisup_lightning.model.checkpoint import resolve
 from bisup_lightning.model.family import LINEAR_INPUTS
-from bisup_lightning.quant.spec import Precision
+from bisup_lightning.quant.spec import Precision, Scheme
 from bisup_lightning.transform.invariance import check_invariance
 from bisup_lightning.transform.transform import Transform
 
@@ -91,25 +92,19 @@ def fit(job: Job) -> dict[str, Any]:
         UserError: If something that the user gave can't be used.
     """
     plain, tokenizer = open_checkpoint(job.checkpoint, job.device)
-    folder = plain.checkpoint.folder
-    scheme = job.transform.scheme(job.precision)
-    try:
-        check_scheme(plain.family, scheme)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    check_tokens(job, plain)
-    for source in job.evaluation.perplexity:
-        corpus.check_source("evaluation.perplexity", source)
     prompt_ids = job.prompt.ids(tokenizer, plain.family.config)
-
+    scheme = job.transform.scheme(job.precision)
+    check(job, plain, scheme)
     store = RunStore(job.run_dir)
     progress = store.open(fingerprint(job, plain))
     if progress.finished:
         return read_results(job.run_dir)
-    transformed = job.transform.checkpoint(plain.checkpoint, plain.family, job.device)
-    fp = BlockwiseModel(folder, job.device, checkpoint=transformed)
+
+    # Before the work, so that a mistake in a text shows at once.
+    sets = evaluation_sets(job.evaluation, job.data.seq_len, job.seed, plain, tokenizer)
+    folder, transformed = plain.checkpoint.folder, job.transform.checkpoint(plain.checkpoint, plain.family, job.device)
     walk = BlockWalk(
-        model=fp,
+        model=BlockwiseModel(folder, job.device, checkpoint=transformed),
         transform=job.transform,
         scheme=scheme,
         solver=job.solver,
@@ -120,17 +115,15 @@ def fit(job: Job) -> dict[str, Any]:
         callbacks=job.callbacks,
         make_trainer=job.make_trainer,
     )
-    # Now, so that a mistake shows before the work.
-    sets = evaluation_sets(job.evaluation, job.data.seq_len, job.seed, plain, tokenizer)
     walk.prepare()
     if progress.streams is None:
         tokens_NT = calibration_tokens(job, folder, tokenizer)
         if transformed is not plain.checkpoint:
-            check_invariance(
-                BlockwiseModel(folder, job.device, torch.float32),
-                BlockwiseModel(folder, job.device, torch.float32, checkpoint=transformed),
-                tokens_NT[:1, :64],
+            exact, rotated = (
+                BlockwiseModel(folder, job.device, torch.float32, checkpoint=checkpoint)
+                for checkpoint in (plain.checkpoint, transformed)
             )
+            check_invariance(exact, rotated, tokens_NT[:1, :64])
         store.begin(job.config_yaml)
         walk.begin(tokens_NT)
     else:
@@ -139,13 +132,32 @@ def fit(job: Job) -> dict[str, Any]:
     walk.run()
 
     model = job.run_dir / "model"
-    blocks = [store.block_folder(index) / BLOCK for index in range(fp.num_layers)]
-    save_model(model, fp, blocks, scheme, prompt_ids, plain.dtype)
+    blocks = [store.block_folder(index) / BLOCK for index in range(plain.num_layers)]
+    save_model(model, walk.model, blocks, scheme, prompt_ids, plain.dtype)
     quantized = open_quantized(model, job.device)
     perplexity = evaluate(plain, quantized, sets, prompt_ids, job.evaluation.batch_size)
     write_json(job.run_dir / RESULTS, results(job, store, perplexity))
     store.finish()
     return read_results(job.run_dir)
+
+
+def check(job: Job, plain: BlockwiseModel, scheme: Scheme) -> None:
+    """Refuse what can be known to fail, before any work.
+
+    Raises:
+        UserError: Naming the key and the remedy.
+    """
+    try:
+        check_scheme(plain.family, scheme)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    check_tokens(job, plain)
+    for source in job.evaluation.perplexity:
+        corpus.check_source("evaluation.perplexity", source)
+    if not any(isinstance(callback, WalkCallback) and callback.saves_blocks for callback in job.callbacks):
+        raise UserError(
+            "trainer.callbacks: none saves the blocks; add callbacks.checkpoint.BlockCheckpoint as in configs/base.yaml"
+        )
 
 
 def check_tokens(job: Job, fp: BlockwiseModel) -> None:
@@ -157,7 +169,8 @@ def check_tokens(job: Job, fp: BlockwiseModel) -> None:
     shapes = fp.family.layer_shapes(0)
     needed = max(shapes[f"{name}.weight"][1] for entry in LINEAR_INPUTS for name in entry.linears)
     tokens = job.data.num_samples * job.data.seq_len
-    for key, part in {"transform": job.transform, "solver": job.solver}.items():
+    parts: dict[str, Transform | Solver] = {"transform": job.transform, "solver": job.solver}
+    for key, part in parts.items():
         if part.needs_statistics and tokens < needed:
             raise UserError(
                 f"{key}: {type(part).__name__} needs at least {needed} calibration tokens, one for each channel; "

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from bisup_lightning.errors import UserError
-from bisup_lightning.files import sha256, write_json, write_tensors
+from bisup_lightning.files import sha256, write_json, write_tensors, write_text
 
 MANIFEST, BLOCK, METRICS = "manifest.json", "block.safetensors", "metrics.json"
 
@@ -52,7 +52,7 @@ class RunStore:
         """
         path = self.run_dir / MANIFEST
         if not path.is_file():
-            if self.run_dir.exists() and (not self.run_dir.is_dir() or any(self.run_dir.iterdir())):
+            if self.run_dir.exists() and not self._is_blank():
                 raise UserError(f"run_dir: {self.run_dir} is not empty and holds no run; name another directory")
             self.manifest["fingerprint"] = dict(fingerprint)
             return Progress([], None, False)
@@ -67,6 +67,10 @@ class RunStore:
         metrics = [json.loads((self.block_folder(index) / METRICS).read_text()) for index in range(count)]
         streams = None if finished or not count else load_file(self.streams_file(count - 1))
         return Progress(metrics, streams, finished)
+
+    def _is_blank(self) -> bool:
+        """Whether nothing but the beginnings of a first write lies here."""
+        return self.run_dir.is_dir() and all(path.suffix == ".tmp" for path in self.run_dir.iterdir())
 
     def _refuse_difference(self, recorded: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> None:
         changed = [key for key in {**recorded, **fingerprint} if recorded.get(key) != fingerprint.get(key)]
@@ -91,9 +95,10 @@ class RunStore:
         return self.run_dir / "streams" / f"{index:05d}.safetensors"
 
     def begin(self, config_yaml: str) -> None:
-        """Make the directory and write the resolved configuration."""
+        """Make the directory, claim it for this run, and write the resolved configuration."""
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        (self.run_dir / "config.yaml").write_text(config_yaml, encoding="utf-8")
+        self._write_manifest()
+        write_text(self.run_dir / "config.yaml", config_yaml)
 
     def save_block(
         self, index: int, tensors: Mapping[str, Tensor], metrics: Mapping[str, Any], streams: Mapping[str, Tensor]

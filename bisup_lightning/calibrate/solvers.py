@@ -161,11 +161,14 @@ class GPTQ(Solver):
     def solve(self, block: Block) -> nn.Module | None:
         """Solve the linears of one input after those of the other, in the order in which the block computes them."""
         layer = block.start()
-        unsolved = {name: layer.get_submodule(name) for entry in LINEAR_INPUTS for name in entry.linears}
-        for name, linear in unsolved.items():  # until it is solved, a linear computes with the weight as it is
-            layer.set_submodule(name, linear.unquantized())
+        unsolved: dict[str, QuantLinear] = {}
+        for name in (name for entry in LINEAR_INPUTS for name in entry.linears):
+            linear = layer.get_submodule(name)
+            assert isinstance(linear, QuantLinear)
+            unsolved[name] = linear
+            layer.set_submodule(name, linear.unquantized())  # until solved, it computes with the weight as it is
         for entry in LINEAR_INPUTS:
-            hessian_II = self._hessian(block, layer, layer.get_submodule(entry.linears[0]).input_quantizer)
+            hessian_II = self._hessian(block, layer, unsolved[entry.linears[0]].input_quantizer)
             for name in entry.linears:
                 layer.set_submodule(name, self._solve_linear(unsolved[name], hessian_II))
         return fuse_layer(layer)

@@ -182,7 +182,7 @@ def self_generated(
     Raises:
         UserError: If the model has no token to begin a text with.
     """
-    model = AutoModelForCausalLM.from_pretrained(folder).to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder).to(device).eval()  # type: ignore[arg-type]  # stub lacks self
     model.generation_config.pad_token_id = model.config.eos_token_id
     if (bos := model.config.bos_token_id) is None:
         raise UserError("data.calibration: self needs a model with a bos_token_id in config.json; give a text file")

@@ -1,7 +1,7 @@
 """The system prompt whose keys and values stay at high precision (paper §4.5)."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -46,7 +46,7 @@ class Prompt:
         if tokenizer.chat_template is None:
             raise UserError("prompt.kind: this tokenizer has no chat template; choose bos, text or none")
         system = [] if self.text is None else [{"role": "system", "content": self.text}]
-        rendered = [
+        rendered: list[Any] = [  # token ids
             tokenizer.apply_chat_template(
                 [*system, {"role": "user", "content": words}],
                 add_generation_prompt=True,

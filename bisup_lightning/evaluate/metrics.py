@@ -16,6 +16,11 @@ class LanguageModelMetrics(Metric):
     """
 
     full_state_update = False
+    nll: Tensor
+    tokens: Tensor
+    kl: Tensor
+    same_top1: Tensor
+    compared: Tensor
 
     def __init__(self) -> None:
         super().__init__()

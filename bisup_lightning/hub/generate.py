@@ -17,7 +17,7 @@ def complete(folder: Path, text: str, max_new_tokens: int, temperature: float, d
         temperature: 0 takes the likeliest token each time.
         device: Where to compute.
     """
-    model = AutoModelForCausalLM.from_pretrained(folder).to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder).to(device).eval()  # type: ignore[arg-type]  # stub lacks self
     tokenizer = AutoTokenizer.from_pretrained(folder)
     inputs = tokenizer(text, return_tensors="pt").to(device)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
@@ -28,4 +28,4 @@ def complete(folder: Path, text: str, max_new_tokens: int, temperature: float, d
         pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
         **sampling,
     )
-    return tokenizer.decode(ids_BT[0], skip_special_tokens=True)
+    return str(tokenizer.decode(ids_BT[0], skip_special_tokens=True))

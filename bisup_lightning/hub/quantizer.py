@@ -27,7 +27,7 @@ class BisupConfig(QuantizationConfigMixin):
     """
 
     def __init__(self, scheme: dict[str, Any], prompt_length: int = 0, **kwargs: Any) -> None:
-        self.quant_method = METHOD
+        self.quant_method = METHOD  # type: ignore[assignment]  # annotated for transformers' own methods alone
         self.scheme, self.prompt_length = scheme, prompt_length
 
     @classmethod

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from bisup_lightning.model.linear import (
 )
 from bisup_lightning.quant import low_rank
 from bisup_lightning.quant.spec import Scheme
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -71,16 +73,19 @@ def quantize_layer(
         ValueError: If a group size does not divide a linear's inputs.
     """
     orders = orders or {}
-    for entry, linears in linear_inputs(layer):
+    for entry in LINEAR_INPUTS:
         order_I = orders.get(entry.name)
-        for producer in (layer.get_submodule(name) for name in entry.producers):
-            if order_I is not None:  # absorbed: the channels come out in the new order
-                producer.weight = nn.Parameter(producer.weight[order_I], requires_grad=False)
-                producer.bias = None if producer.bias is None else nn.Parameter(producer.bias[order_I], False)
-        if entry.producers and order_I is not None:
-            linears[0].weight = nn.Parameter(linears[0].weight[:, order_I], requires_grad=False)
+        if order_I is None or not entry.producers:
+            continue
+        for name in entry.producers:  # absorbed: the channels come out in the new order
+            producer = _part(layer, name, nn.Linear)
+            producer.weight = nn.Parameter(producer.weight[order_I], requires_grad=False)
+            if producer.bias is not None:
+                producer.bias = nn.Parameter(producer.bias[order_I], requires_grad=False)
+        reader = _part(layer, entry.linears[0], nn.Linear)
+        reader.weight = nn.Parameter(reader.weight[:, order_I], requires_grad=False)
 
-    def make_linear(linear: nn.Module, arranged: InputQuantizer, input_quantizer: nn.Module) -> QuantLinear:
+    def make_linear(linear: nn.Linear, arranged: InputQuantizer, input_quantizer: nn.Module) -> QuantLinear:
         weight = linear.weight
         if arranged.rotated:  # in float64, cast once
             weight = arranged.arrange(weight.double()).to(weight.dtype)
@@ -96,7 +101,7 @@ def quantize_layer(
 def pack_layer(layer: nn.Module, scheme: Scheme, config: PretrainedConfig) -> nn.Module:
     """Give a layer the form that it has fused, in place, with meta tensors to be filled from an artifact."""
 
-    def make_linear(linear: nn.Module, arranged: InputQuantizer, input_quantizer: nn.Module) -> PackedLinear:
+    def make_linear(linear: nn.Linear, arranged: InputQuantizer, input_quantizer: nn.Module) -> PackedLinear:
         rows, features = linear.weight.shape
         segments = [PackedSegment(rows, segment) for segment in scheme.segments(features, scheme.weights)]
         return PackedLinear(segments, None if linear.bias is None else torch.empty(rows), input_quantizer)
@@ -106,16 +111,23 @@ def pack_layer(layer: nn.Module, scheme: Scheme, config: PretrainedConfig) -> nn
     return layer.requires_grad_(False)
 
 
+def _part(layer: nn.Module, name: str, kind: type[ModuleT]) -> ModuleT:
+    part = layer.get_submodule(name)
+    assert isinstance(part, kind), f"{name} is a {type(part).__name__}, not a {kind.__name__}"
+    return part
+
+
 def _replace(
     layer: nn.Module,
     scheme: Scheme,
     config: PretrainedConfig,
-    make_linear: Callable[[nn.Module, InputQuantizer, nn.Module], nn.Module],
+    make_linear: Callable[[nn.Linear, InputQuantizer, nn.Module], nn.Module],
     activation_clip: float = 1.0,
     storage_dtype: torch.dtype | None = None,
     orders: Mapping[str, Tensor] | None = None,
 ) -> None:
-    for entry, linears in linear_inputs(layer):
+    for entry in LINEAR_INPUTS:
+        linears = [_part(layer, name, nn.Linear) for name in entry.linears]
         weight = linears[0].weight
         quantizer = InputQuantizer(
             scheme.segments(weight.shape[1], scheme.activations),
@@ -152,9 +164,10 @@ def add_theta(
     rotated = any(isinstance(module, InputQuantizer) and module.rotated for module in layer.modules())
     for name, parameter in layer.named_parameters():
         parameter.requires_grad_(theta.clip and is_clip(name))
-    for entry, linears in linear_inputs(layer):
+    for entry in LINEAR_INPUTS:
+        linears = [_part(layer, name, QuantLinear) for name in entry.linears]
         if entry.norm is not None and theta.smoothing is not None:
-            norm = layer.get_submodule(entry.norm)
+            norm = _part(layer, entry.norm, QuantNorm)
             order = norm.quantizer.order
             s_I = torch.ones_like(linears[0].weight[0], dtype=torch.float32)
             if theta.smoothing_start == "smoothquant" or (theta.smoothing_start == "auto" and not rotated):
@@ -167,11 +180,12 @@ def add_theta(
                     linear.add_smoothing(nn.Parameter((s_I if order is None else s_I[order]).clone()))
         if theta.low_rank is not None:
             for linear in linears:
-                a_OR, b_RI = low_rank.start(*linear.weight.shape, theta.rank, generator)
+                rows, features = linear.weight.shape
+                a_OR, b_RI = low_rank.start(rows, features, theta.rank, generator)
                 linear.add_low_rank(theta.low_rank, a_OR.to(linear.weight.device), b_RI.to(linear.weight.device))
 
 
-def _smoothquant(absmax_I: Tensor, linears: list[nn.Module], order_I: Tensor | None, alpha: float = 0.5) -> Tensor:
+def _smoothquant(absmax_I: Tensor, linears: list[QuantLinear], order_I: Tensor | None, alpha: float = 0.5) -> Tensor:
     """max|X|^α / max|W|^(1−α) for each channel (SmoothQuant, eq. 4), scaled to a geometric mean of one."""
     weight_absmax_I = torch.stack([linear.weight.abs().amax(0).float() for linear in linears]).amax(0)
     if order_I is not None:
@@ -201,10 +215,10 @@ def fuse_layer(layer: nn.Module) -> nn.Module:
     """
     for entry, linears in linear_inputs(layer):
         for name, linear in zip(entry.linears, linears, strict=True):
-            if not isinstance(linear, PackedLinear):
+            if isinstance(linear, QuantLinear):
                 layer.set_submodule(name, linear.fuse())
         if entry.norm is not None:
-            layer.get_submodule(entry.norm).fuse()
+            _part(layer, entry.norm, QuantNorm).fuse()
     return layer.requires_grad_(False)
 
 

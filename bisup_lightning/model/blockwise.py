@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +62,8 @@ class BlockwiseModel:
         self.checkpoint = checkpoint or Checkpoint(folder)
         self.device, self.scheme = device, scheme
         self.storage_dtype = self.checkpoint.dtype()
-        self.dtype = dtype or self.family.config.dtype or torch.float32
+        configured = cast(torch.dtype | None, self.family.config.dtype)  # transformers resolves its name
+        self.dtype = dtype or configured or torch.float32
         self._rotary = self.family.rotary().to(device)
         self._positions = lru_cache(maxsize=8)(self._make_positions)
 

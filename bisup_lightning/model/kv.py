@@ -94,6 +94,8 @@ class PromptKV(nn.Module):
         head_dim: d.
     """
 
+    ids: Tensor
+
     def __init__(self, num_layers: int, num_heads: int, length: int, head_dim: int) -> None:
         super().__init__()
         self.register_buffer("ids", torch.empty(length, dtype=torch.int64))
@@ -155,11 +157,12 @@ class PromptCache(Cache):
     def __init__(
         self, num_layers: int, quantizer: KVQuantizer, prompt: PromptKV | None, inputs_hold_prompt: bool = False
     ) -> None:
-        layers = [
-            PromptCacheLayer(quantizer, None if prompt is None else prompt.of_layer(index), inputs_hold_prompt)
-            for index in range(num_layers)
-        ]
-        super().__init__(layers=layers)
+        super().__init__(
+            layers=[
+                PromptCacheLayer(quantizer, None if prompt is None else prompt.of_layer(index), inputs_hold_prompt)
+                for index in range(num_layers)
+            ]
+        )
         self.tokens_in_front = 0 if prompt is None or inputs_hold_prompt else len(prompt.ids)
 
 

@@ -34,6 +34,8 @@ class InputQuantizer(nn.Module):
         reordered: Whether channels are permuted first (Atom); `order` [I] then holds the permutation.
     """
 
+    order: Tensor | None
+
     def __init__(
         self,
         segments: Sequence[Segment],
@@ -85,6 +87,8 @@ class QuantNorm(nn.Module):
         storage_dtype: Dtype that the norm's weight is stored in.
     """
 
+    smoothing: nn.Parameter | None
+
     def __init__(self, norm: nn.Module, quantizer: InputQuantizer, storage_dtype: torch.dtype | None) -> None:
         super().__init__()
         self.norm, self.quantizer, self.storage_dtype = norm, quantizer, storage_dtype
@@ -92,7 +96,10 @@ class QuantNorm(nn.Module):
 
     def smoothed_weight(self) -> Tensor:
         """The norm's weight times s1, as it will be stored."""
-        return as_stored(self.norm.weight * self.smoothing, self.storage_dtype).to(self.norm.weight.dtype)
+        weight_I = self.norm.weight
+        assert isinstance(weight_I, Tensor)
+        assert self.smoothing is not None
+        return as_stored(weight_I * self.smoothing, self.storage_dtype).to(weight_I.dtype)
 
     def forward(self, x_BTI: Tensor) -> Tensor:
         """⟨norm(x) · s1⟩ in x's dtype."""
@@ -120,6 +127,12 @@ class QuantLinear(nn.Module):
         input_quantizer: Quantizer of this linear's own input; an identity where a QuantNorm already quantized it.
         storage_dtype: Dtype that the scales are stored in.
     """
+
+    weight: Tensor
+    bias: Tensor | None
+    smoothing: nn.Parameter | None
+    low_rank_a: nn.Parameter | None
+    low_rank_b: nn.Parameter | None
 
     def __init__(
         self,
@@ -163,7 +176,7 @@ class QuantLinear(nn.Module):
     def compensated_weight(self) -> Tensor:
         """(W ⊙ (1 + AB)) · s2 [O, I] before quantization, in the wide dtype."""
         w_OI = self.weight
-        if self.low_rank_a is not None:
+        if self.low_rank_a is not None and self.low_rank_b is not None:
             w_OI = LOW_RANK[self.low_rank_form](w_OI, self.low_rank_a, self.low_rank_b)
         if self.smoothing is not None:
             s_I = self.smoothing if self.smoothing_order is None else self.smoothing[self.smoothing_order]
@@ -200,6 +213,10 @@ class PackedSegment(nn.Module):
         rows: O.
         segment: Number of columns C and their quantizer (symmetric), or None.
     """
+
+    codes: Tensor  # codes and scale where there is a quantizer, else values; the rest is None
+    scale: Tensor
+    values: Tensor
 
     def __init__(self, rows: int, segment: Segment) -> None:
         super().__init__()
@@ -248,9 +265,12 @@ class PackedLinear(nn.Module):
         input_quantizer: Quantizer of this linear's own input, or an identity.
     """
 
+    segments: Sequence[PackedSegment]
+    bias: Tensor | None
+
     def __init__(self, segments: Sequence[PackedSegment], bias: Tensor | None, input_quantizer: nn.Module) -> None:
         super().__init__()
-        self.segments = nn.ModuleList(segments)
+        self.register_module("segments", nn.ModuleList(segments))
         self.register_buffer("bias", bias)
         self.input_quantizer = input_quantizer
 

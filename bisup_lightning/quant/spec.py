@@ -1,7 +1,7 @@
 """What it means to quantize a tensor, as a small value that travels instead of a bag of arguments."""
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 Granularity = Literal["row", "group", "tensor", "head", "token"]
 
@@ -110,7 +110,7 @@ class Scheme(Precision):
     outlier_bits: int | None = 8
 
     @classmethod
-    def of(cls, precision: Precision, **at_run_time: bool | int | None) -> "Scheme":
+    def of(cls, precision: Precision, **at_run_time: Any) -> "Scheme":
         """A precision with what a transform adds."""
         return cls(precision.weights, precision.activations, precision.kv, **at_run_time)
 

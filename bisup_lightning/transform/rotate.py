@@ -72,7 +72,7 @@ class RotatedCheckpoint(Checkpoint):
         """The head is a tensor of its own."""
         return HEAD
 
-    def read_shared(self, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+    def read_shared(self, name: str, device: torch.device, dtype: torch.dtype | None) -> Tensor:
         """Embedding, final norm (ones), or head, rotated in slices of rows."""
         if name == FINAL_NORM:
             return torch.ones(self.family.hidden_size, device=device, dtype=dtype)

@@ -137,9 +137,9 @@ def test_weight_decay_shrinks_the_low_rank_matrices_alone(problem):
 
 
 def test_clip_values_stay_positive_however_fast_they_learn(problem):
-    found, _ = problem.train(Optimization(clip_lr=0.9, schedule="constant"), epochs=4)
+    found, _ = problem.train(Optimization(0.9, 0.9, 0.9, schedule="constant"), epochs=4)
     clips = {name: tensor for name, tensor in found.items() if kind(name) == "clip"}
-    assert any((tensor < 0.5).any() for tensor in clips.values())  # they did fall
+    assert any((tensor < 0.1).any() for tensor in clips.values())  # they did fall
     for name, tensor in clips.items():
         assert (tensor >= LEAST_CLIP).all(), name
 
@@ -165,7 +165,7 @@ def test_training_lowers_the_loss_on_all_data(problem):
         run[name] = problem.inputs.outputs_q(lambda x, layer=layer: run_layer(layer, x, problem.positions, problem.kv))[
             1
         ]
-    assert run["trained"] < 0.9 * run["start"]
+    assert run["trained"] < 0.95 * run["start"]
 
 
 def test_the_frozen_weights_stay_as_they_were(problem):

@@ -1,0 +1,266 @@
+"""A run may end anywhere: the same command goes on, and what it leaves are the bytes of a run that never stopped."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from bisup_lightning.cli import main
+from tests.conftest import ROOT
+from tests.tools import BISUP, Interrupt, Interrupted, Watch, contents, traces, with_callback
+
+SETTINGS = (BISUP, "--solver.epochs=3", with_callback(Watch), with_callback(Interrupt))
+LAST = 2
+PLACES = [
+    ("on_block_start", 0),
+    ("on_train_epoch_end", 0),
+    ("on_block_end", 0),
+    ("on_block_start", 1),
+    ("on_train_epoch_end", 1),
+    ("on_train_end", LAST),
+    ("on_block_end", LAST),
+    ("on_walk_end", -1),
+]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(make_checkpoint):
+    return make_checkpoint(num_hidden_layers=LAST + 1)
+
+
+@pytest.fixture
+def command(fit_arguments, checkpoint, tmp_path):
+    return fit_arguments(checkpoint, tmp_path / "run", *SETTINGS)
+
+
+@pytest.fixture
+def run(tmp_path):
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def undisturbed(request, fit_arguments, checkpoint, tmp_path_factory):
+    """What a run gives that nothing disturbs; made once."""
+    cached = getattr(request.module, "_undisturbed", None)
+    if cached is None:
+        folder = tmp_path_factory.mktemp("undisturbed") / "run"
+        assert main(fit_arguments(checkpoint, folder, *SETTINGS)) == 0
+        cached = request.module._undisturbed = folder
+    return cached
+
+
+def interrupt(monkeypatch, command, place):
+    monkeypatch.setattr(Interrupt, "at", place)
+    with pytest.raises(Interrupted):
+        main(command)
+    monkeypatch.setattr(Interrupt, "at", None)
+
+
+def timeless(run):
+    """results.json without what depends on the clock or the machine's memory."""
+    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    for block in results["blocks"]:
+        del block["seconds"]
+    return {key: results[key] for key in ("perplexity", "blocks", "fingerprint")}
+
+
+def assert_same_run(run, undisturbed):
+    assert contents(run / "model") == contents(undisturbed / "model")
+    assert timeless(run) == timeless(undisturbed)
+    assert contents(run).keys() == contents(undisturbed).keys()  # and nothing lies about
+
+
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: f"{place[0]}-{place[1]}")
+def test_a_run_that_was_cut_off_ends_in_the_same_bytes(monkeypatch, command, run, undisturbed, place):
+    interrupt(monkeypatch, command, place)
+    assert not (run / "results.json").exists()
+    Watch.fresh()
+    assert main(command) == 0
+    assert_same_run(run, undisturbed)
+    event, block = place
+    first = {"on_block_end": block + 1, "on_walk_end": LAST + 1}.get(event, block)  # what is finished is not done again
+    assert [result.index for result in Watch.results] == list(range(first, LAST + 1))
+
+
+def test_a_run_may_be_cut_off_again_and_again(monkeypatch, command, run, undisturbed):
+    for place in (("on_train_epoch_end", 0), ("on_block_end", 0), ("on_train_end", 1), ("on_block_start", 2)):
+        interrupt(monkeypatch, command, place)
+    assert main(command) == 0
+    assert_same_run(run, undisturbed)
+
+
+def test_a_run_that_was_cut_off_while_it_was_measured(monkeypatch, command, run, undisturbed):
+    def fail(*arguments, **settings):
+        raise Interrupted("while measuring")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("bisup_lightning.evaluate.metrics.LanguageModelMetrics.update", fail)
+        with pytest.raises(Interrupted):
+            main(command)
+    Watch.fresh()
+    assert main(command) == 0
+    assert not Watch.results
+    assert_same_run(run, undisturbed)
+
+
+def test_a_run_that_was_killed(command, run, undisturbed):
+    """SIGKILL inside a block: no handler, no clean-up."""
+    environment = {**os.environ, "INTERRUPT_AT": "on_train_epoch_end:1"}
+    killed = subprocess.run(
+        [sys.executable, "main.py", *command], cwd=ROOT, env=environment, capture_output=True, timeout=120, check=False
+    )
+    assert killed.returncode == -9, killed.stderr
+    assert main(command) == 0
+    assert_same_run(run, undisturbed)
+
+
+def test_what_a_write_left_half_done_is_no_hindrance(monkeypatch, command, run, undisturbed):
+    """Files and folders that were being written when the power went."""
+    interrupt(monkeypatch, command, ("on_block_start", 1))
+    for folder in ("blocks/00001.tmp", "blocks/00001", "model.tmp"):
+        (run / folder).mkdir(parents=True, exist_ok=True)
+        for name in ("block.safetensors", "metrics.json", "config.json"):
+            (run / folder / name).write_bytes(b"half")
+    for file in ("streams/00001.safetensors", "streams/00001.safetensors.tmp", "manifest.json.tmp"):
+        (run / file).write_bytes(b"half")
+    assert main(command) == 0
+    assert contents(run / "model") == contents(undisturbed / "model")
+    assert timeless(run) == timeless(undisturbed)
+
+
+@pytest.mark.parametrize("name", ["blocks/00000/block.safetensors", "blocks/00000/metrics.json", "streams"])
+@pytest.mark.parametrize("how", ["flipped", "gone"])
+def test_damage_is_never_built_upon(monkeypatch, command, run, undisturbed, capsys, name, how):
+    """Refused with the file's name, or mended; the result is never another."""
+    interrupt(monkeypatch, command, ("on_block_start", 1))
+    capsys.readouterr()
+    path = run / name
+    if path.is_dir():
+        (path,) = path.iterdir()
+    if how == "gone":
+        path.unlink()
+    else:
+        content = bytearray(path.read_bytes())
+        content[-2] ^= 1
+        path.write_bytes(content)
+    code = main(command)
+    if code == 0:
+        assert_same_run(run, undisturbed)
+    else:
+        error = capsys.readouterr().err
+        assert code == 2
+        assert path.name in error
+        assert len(error.splitlines()) == 1
+
+
+def test_a_finished_run_returns_at_once_and_touches_nothing(command, run, capsys):
+    assert main(command) == 0
+    first = capsys.readouterr().out
+    before, results = traces(run), (run / "results.json").read_bytes()
+    Watch.fresh()
+    assert main(command) == 0
+    again = capsys.readouterr().out
+    assert traces(run) == before
+    assert (run / "results.json").read_bytes() == results
+    assert not Watch.dtypes  # no block was even opened
+    assert "block" not in again
+    assert first.endswith(again)  # the same table
+
+
+def test_a_finished_run_can_move(command, run, undisturbed, tmp_path):
+    """Nothing in it names its own place."""
+    moved = shutil.copytree(undisturbed, tmp_path / "moved")
+    before = traces(moved)
+    assert main([*command, f"--run_dir={moved}"]) == 0
+    assert traces(moved) == before
+
+
+def test_a_finished_run_leaves_no_streams(undisturbed):
+    """They are the largest files of a run, and only resuming needs them."""
+    assert not list(undisturbed.glob("streams*"))
+    assert not list(undisturbed.rglob("*.tmp"))
+
+
+# --- another run ------------------------------------------------------------------------------------------------------
+
+
+CHANGES = {
+    "--seed=5": "seed: 0 → 5",
+    "--solver.epochs=4": "solver.init_args.epochs: 3 → 4",
+    "--precision.kv=null": "precision.kv",
+    "--transform=bisup_lightning.transform.rotate.QuaRot": "QuaRot",
+}
+
+
+@pytest.mark.parametrize("when", ["unfinished", "finished"])
+def test_a_changed_configuration_is_refused(monkeypatch, command, run, undisturbed, capsys, when):
+    if when == "unfinished":
+        interrupt(monkeypatch, command, ("on_block_start", 1))
+    else:
+        shutil.copytree(undisturbed, run)
+    before = traces(run)
+    for argument, words in CHANGES.items():
+        capsys.readouterr()
+        assert main([*command, argument]) == 2
+        assert words in capsys.readouterr().err
+        assert traces(run) == before
+    assert main(command) == 0  # and the old one still goes on
+    assert_same_run(run, undisturbed)
+
+
+def change_weights(checkpoint, text):
+    path = checkpoint / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    return path
+
+
+def change_configuration(checkpoint, text):
+    path = checkpoint / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rms_norm_eps": 0.1}))
+    return path
+
+
+def change_tokenizer(checkpoint, text):
+    """Two words change places: every token of the text may be another one."""
+    path = checkpoint / "tokenizer.json"
+    tokenizer = json.loads(path.read_text(encoding="utf-8"))
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["Ġthe"], vocabulary["Ġof"] = vocabulary["Ġof"], vocabulary["Ġthe"]
+    path.write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
+    return path
+
+
+def change_text(checkpoint, text):
+    text.write_text(text.read_text().replace(" ", "  ", 1))
+    return text
+
+
+@pytest.mark.parametrize("change", [change_weights, change_configuration, change_tokenizer, change_text])
+def test_a_changed_input_is_refused_by_its_name(
+    monkeypatch, checkpoint, fit_arguments, text_file, run, tmp_path, capsys, change
+):
+    model, text = shutil.copytree(checkpoint, tmp_path / "model"), shutil.copy(text_file, tmp_path / "text.txt")
+    command = fit_arguments(model, run, *SETTINGS, f"--data.calibration={text}")
+    interrupt(monkeypatch, command, ("on_block_start", 1))
+    path = change(model, text)
+    before = traces(run)
+    capsys.readouterr()
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert path.name in error
+    assert len(error.splitlines()) == 1
+    assert traces(run) == before
+
+
+def test_what_does_not_change_the_result_may_change(monkeypatch, command, run, undisturbed, checkpoint, tmp_path):
+    """Loggers, and where the same model lies."""
+    interrupt(monkeypatch, command, ("on_block_start", 1))
+    moved = shutil.copytree(checkpoint, tmp_path / "moved")
+    assert main([*command, f"--checkpoint={moved}", "--trainer.logger=true"]) == 0
+    assert contents(run / "model") == contents(undisturbed / "model")
+    assert list((run / "logs").rglob("*.csv"))
