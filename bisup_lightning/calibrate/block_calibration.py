@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-from bisup_lightning.model.block import theta_parameters
+from bisup_lightning.model.block import is_clip, theta_parameters
 from bisup_lightning.model.blockwise import Positions, run_layer
 from bisup_lightning.model.kv import BlockKV
 
@@ -36,8 +36,9 @@ class Optimization:
 
     def rate(self, parameter_name: str) -> float:
         """The learning rate of a tensor of Θ, by its name in the block."""
-        leaf = parameter_name.rsplit(".", 1)[-1]
-        return {"clip": self.clip_lr, "smoothing": self.smoothing_lr}.get(leaf, self.low_rank_lr)
+        if is_clip(parameter_name):
+            return self.clip_lr
+        return self.smoothing_lr if parameter_name.endswith("smoothing") else self.low_rank_lr
 
 
 class BlockCalibration(LightningModule):
@@ -71,7 +72,7 @@ class BlockCalibration(LightningModule):
         """Keep the clip values positive."""
         with torch.no_grad():
             for name, parameter in self.layer.named_parameters():
-                if name.endswith("clip"):
+                if is_clip(name):
                     parameter.clamp_(min=MIN_CLIP)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:

@@ -2,8 +2,9 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -14,6 +15,7 @@ from torch import Tensor
 from bisup_lightning.errors import UserError
 from bisup_lightning.model.family import EMBEDDING, FINAL_NORM, HEAD, layer_prefix
 
+ROTARY = ".rotary_emb."  # frequencies that old checkpoints store in every block; they follow from the configuration
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 
@@ -71,7 +73,7 @@ class Checkpoint:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"checkpoint: {index} is not a weight index: {error}") from error
         for name in set(self.shard_of.values()):
-            if Path(name).name != name or not (folder / name).is_file():
+            if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
                 raise UserError(f"checkpoint: {index} names the shard {name}, which is not in its folder")
 
     def _open(self, shard: str):
@@ -103,11 +105,38 @@ class Checkpoint:
         for shard, members in by_shard.items():
             with self._open(shard) as file:
                 for name in members:
-                    try:
-                        tensors[name] = file.get_tensor(name)
-                    except SafetensorError as error:
-                        raise UserError(f"checkpoint: {self.folder / shard}: {name}: {error}") from error
+                    tensors[name] = self._stored(file, shard, name, lambda file, name: file.get_tensor(name))
         return tensors
+
+    def check_layers(self, shapes: Mapping[str, torch.Size], num_layers: int) -> None:
+        """See that every block has the tensors that its architecture wants, from the shards' headers alone.
+
+        Raises:
+            UserError: Naming the first that is missing or of another shape.
+        """
+        wanted = {layer_prefix(index) + name: shape for index in range(num_layers) for name, shape in shapes.items()}
+        if missing := [name for name in wanted if name not in self.shard_of]:
+            raise UserError(
+                f"checkpoint: {self.folder} has no tensor {missing[0]}; is it quantized already, or damaged?"
+            )
+        by_shard = defaultdict(list)
+        for name in wanted:
+            by_shard[self.shard_of[name]].append(name)
+        for shard, names in by_shard.items():
+            with self._open(shard) as file:
+                for name in names:
+                    stored = self._stored(file, shard, name, lambda file, name: file.get_slice(name).get_shape())
+                    if list(stored) != list(wanted[name]):
+                        raise UserError(
+                            f"checkpoint: {self.folder / shard}: {name} has shape {list(stored)}, "
+                            f"but config.json asks for {list(wanted[name])}"
+                        )
+
+    def _stored(self, file: Any, shard: str, name: str, read: Callable[[Any, str], Any]) -> Any:
+        try:
+            return read(file, name)
+        except SafetensorError as error:
+            raise UserError(f"checkpoint: {self.folder / shard}: {name}: {error}") from error
 
     def head_name(self, tied: bool) -> str:
         """The name of the output projection's tensor; `tied`: whether the configuration ties it to the embedding."""
@@ -120,7 +149,7 @@ class Checkpoint:
     def read_layer(self, index: int, device: torch.device, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """The tensors of block `index`, named as inside the block; floats in `dtype`, or as they are stored."""
         prefix = layer_prefix(index)
-        names = [name for name in self.shard_of if name.startswith(prefix)]
+        names = [name for name in self.shard_of if name.startswith(prefix) and ROTARY not in name]
         return {
             name.removeprefix(prefix): tensor.to(device, dtype if tensor.is_floating_point() else None)
             for name, tensor in self.read(names).items()

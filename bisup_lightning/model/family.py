@@ -124,6 +124,8 @@ class Family:
 
     def sliding_window(self, index: int) -> int | None:
         """How many positions block `index` sees, itself included; None for all."""
+        if self.config.model_type == "llama":  # its attention knows no window, whatever the configuration carries along
+            return None
         window = getattr(self.config, "sliding_window", None)
         types = getattr(self.config, "layer_types", None)
         if types is not None:

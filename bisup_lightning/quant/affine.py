@@ -138,9 +138,12 @@ def fake_quantize(
 def fake_quantize_segments(
     x: Tensor, segments: Sequence[Segment], clips: Sequence[Tensor], scale_dtype: torch.dtype | None = None
 ) -> Tensor:
-    """`fake_quantize` of [..., I], each segment of columns under its own quantizer and clip values."""
+    """`fake_quantize` of [..., I], each segment of columns under its own quantizer and clip values.
+
+    Columns that are not quantized are rounded to the storage dtype, if one is given.
+    """
     parts = [
-        part if segment.spec is None else fake_quantize(part, segment.spec, clip, scale_dtype)
+        as_stored(part, scale_dtype) if segment.spec is None else fake_quantize(part, segment.spec, clip, scale_dtype)
         for part, segment, clip in zip(
             x.split([segment.columns for segment in segments], -1), segments, clips, strict=True
         )

@@ -411,7 +411,6 @@ def test_fused_and_stored_block_computes_the_same_bits(scheme, smoothing, low_ra
         assert torch.equal(fused, learned)
 
 
-@pytest.mark.xfail(reason="QuantLinear.forward does not round unquantized columns to the storage dtype", strict=True)
 @forms
 def test_unquantized_outliers_are_learned_as_they_are_stored(smoothing, low_rank):
     learned, fused, _ = fused_and_stored(SCHEMES["quik"], smoothing, low_rank, torch.float32, torch.bfloat16)
@@ -528,7 +527,6 @@ def test_bfloat16_gradients_point_where_float32_ones_do():
     assert F.cosine_similarity(narrow, exact, 0) > 0.9
 
 
-@pytest.mark.xfail(reason="Optimization.rate looks for a leaf `clip`, but the leaves are `clips.0`", strict=True)
 def test_clip_values_learn_at_their_own_rate():
     """Every tensor of Θ is in the group of its kind."""
     module, _, optimizer = calibration(Theta(rank=4), Scheme())
@@ -539,7 +537,6 @@ def test_clip_values_learn_at_their_own_rate():
         assert rates[id(parameter)] == kind.get(name.rsplit(".", 1)[1], wanted.clip_lr), name
 
 
-@pytest.mark.xfail(reason="on_train_batch_end looks for a leaf `clip`, but the leaves are `clips.0`", strict=True)
 def test_clip_values_stay_positive():
     """A clip value below zero would scale Δ to nothing and never come back."""
     module, batch, optimizer = calibration(VARIANTS["clip"], Scheme(), lr_scale=100.0)

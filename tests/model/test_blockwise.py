@@ -125,7 +125,6 @@ def test_logits_of_a_configuration_from_before_transformers_5(make_checkpoint):
     assert torch.equal(blockwise_logits(old, tokens()), new)
 
 
-@pytest.mark.xfail(reason="Family.sliding_window heeds a key that the architecture itself ignores", strict=True)
 def test_a_window_that_the_architecture_ignores_is_ignored(make_checkpoint):
     """Llama-like files converted from Mistral's may carry a sliding_window."""
     folder = make_checkpoint("llama", vocab_size=VOCABULARY, sliding_window=8)

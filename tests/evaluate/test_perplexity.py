@@ -1,0 +1,173 @@
+"""Perplexity block by block is that of the whole model, judged by transformers and torchmetrics."""
+
+import json
+
+import pytest
+import torch
+from torchmetrics.text import Perplexity
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from bisup_lightning import cli
+from bisup_lightning.data.corpus import evaluation_tokens
+from bisup_lightning.evaluate.perplexity import evaluate
+from bisup_lightning.model.blockwise import BlockwiseModel
+from tests.conftest import DEMO, ROOT
+from tests.tools import RTN
+
+CPU = torch.device("cpu")
+WIKITEXT = ROOT.parent / "shared" / "data" / "wikitext2" / "wiki.test.raw"
+FAMILIES = {
+    "llama": {},
+    "mistral": {"sliding_window": 12},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {"head_dim": 32},
+}
+
+
+def tokens(count=6, length=20, seed=0):
+    return torch.randint(2, 8192, (count, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def judged(folder, ids_NT, prompt=()):
+    """Perplexity of the targets within the chunks, from transformers' own logits on prompt + chunk."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    judge = Perplexity()
+    for chunk_1T in ids_NT.split(1):
+        whole = torch.cat([torch.tensor([list(prompt)], dtype=torch.int64), chunk_1T], 1)
+        logits = model(whole).logits[:, len(prompt) :]
+        judge.update(logits[:, :-1], chunk_1T[:, 1:])
+    return judge.compute().item()
+
+
+def blockwise(folder):
+    return BlockwiseModel(folder, CPU, torch.float32)
+
+
+@pytest.mark.parametrize(("family", "settings"), FAMILIES.items(), ids=FAMILIES)
+@pytest.mark.parametrize("prompt", [[0], [0, 17, 4], []], ids=["bos", "three", "none"])
+def test_equals_transformers_and_torchmetrics(make_checkpoint, family, settings, prompt):
+    """Behind a prompt, the prompt is context alone: T − 1 targets of the chunk, none for the prompt."""
+    folder, ids_NT = make_checkpoint(family, **settings), tokens()
+    figures = evaluate(blockwise(folder), None, {"set": ids_NT}, prompt, batch_size=4)["set"]
+    assert figures["fp"] == pytest.approx(judged(folder, ids_NT), rel=1e-5)
+    assert figures["fp_prompt"] == pytest.approx(judged(folder, ids_NT, prompt), rel=1e-5)
+    assert ("fp_prompt" in figures, "quantized" in figures) == (True, False)
+    if prompt:
+        assert figures["fp_prompt"] != figures["fp"]
+
+
+@pytest.mark.skipif(not WIKITEXT.is_file(), reason="needs WikiText-2 beside the repository")
+def test_the_demo_model_on_wikitext():
+    """The first twenty chunks by the field's protocol, from the raw file to the number."""
+    ids = AutoTokenizer.from_pretrained(DEMO)(WIKITEXT.read_text(encoding="utf-8"))["input_ids"]
+    assert len(ids) == 352128  # as shared/models/PERPLEXITY.md counts them, with BOS
+    ids_NT = torch.tensor(ids[: 20 * 512]).view(20, 512)
+    found = evaluation_tokens(str(WIKITEXT), AutoTokenizer.from_pretrained(DEMO), 512, 20)
+    assert torch.equal(found, ids_NT)
+    figures = evaluate(blockwise(DEMO), None, {"wiki": found}, [], batch_size=8)["wiki"]
+    assert figures["fp"] == pytest.approx(judged(DEMO, ids_NT), rel=1e-5)
+    figures = evaluate(blockwise(DEMO), None, {"wiki": found[:4]}, [0], batch_size=8)["wiki"]
+    assert figures["fp_prompt"] == pytest.approx(judged(DEMO, ids_NT[:4], [0]), rel=1e-5)
+    assert figures["fp_prompt"] < 0.85 * figures["fp"]  # this model leans on its first token
+
+
+@pytest.mark.parametrize("prompt", [[0], []])
+def test_a_model_equals_itself(make_checkpoint, prompt):
+    folder = make_checkpoint()
+    figures = evaluate(blockwise(folder), blockwise(folder), {"set": tokens()}, prompt, 4)["set"]
+    assert figures["kl"] == 0.0
+    assert figures["top1"] == 1.0
+    assert figures["quantized"] == figures["fp_prompt"]
+
+
+def test_the_batch_size_does_not_matter(make_checkpoint):
+    fp = blockwise(make_checkpoint())
+    results = [evaluate(fp, None, {"set": tokens(7)}, [0], batch_size)["set"] for batch_size in (1, 3, 7, 64)]
+    for result in results[1:]:
+        assert result == {name: pytest.approx(value, rel=1e-6) for name, value in results[0].items()}
+
+
+def test_sets_do_not_touch_each_other(make_checkpoint):
+    """Several sets of different lengths in one pass over the blocks give what each gives alone."""
+    fp = blockwise(make_checkpoint())
+    sets = {"short": tokens(3, 8, 1), "long": tokens(5, 31, 2), "one": tokens(1, 16, 3)}
+    together = evaluate(fp, None, sets, [0, 5], 4)
+    assert list(together) == list(sets)
+    for name, ids_NT in sets.items():
+        assert together[name] == evaluate(fp, None, {name: ids_NT}, [0, 5], 4)[name]
+
+
+def test_fewer_chunks_are_divided_by_what_they_summed(make_checkpoint):
+    folder, ids_NT = make_checkpoint(), tokens(6)
+    part = evaluate(blockwise(folder), None, {"set": ids_NT[:2]}, [0], 4)["set"]
+    assert part["fp"] == pytest.approx(judged(folder, ids_NT[:2]), rel=1e-5)
+    assert part["fp"] != pytest.approx(judged(folder, ids_NT), rel=1e-5)
+
+
+def test_ids_are_left_as_they_are(make_checkpoint):
+    ids_NT = tokens()
+    before = ids_NT.clone()
+    evaluate(blockwise(make_checkpoint()), None, {"set": ids_NT}, [0], 4)
+    assert torch.equal(ids_NT, before)
+
+
+# --- measured again ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings", [(), ("--transform=bisup_lightning.transform.rotate.QuaRot",)], ids=["rtn", "quarot"]
+)
+def test_test_gives_the_numbers_of_the_run(make_checkpoint, fit, tmp_path, settings):
+    run = fit(make_checkpoint(), tmp_path / "run", RTN, *settings)
+    options = cli.build_parser().parse_args(["test", f"--run_dir={run}", "--accelerator=cpu"]).test
+    recorded = json.loads((run / "results.json").read_text(encoding="utf-8"))["perplexity"]
+    assert cli.test(options) == recorded
+    (figures,) = recorded.values()
+    assert figures.keys() == {"fp", "fp_prompt", "quantized", "kl", "top1"}
+    assert figures["kl"] > 0
+
+
+def test_test_prints_the_table_of_the_run(make_checkpoint, fit, tmp_path, capsys):
+    run = fit(make_checkpoint(), tmp_path / "run", RTN)
+    fitted = capsys.readouterr().out
+    assert cli.main(["test", f"--run_dir={run}", "--accelerator=cpu"]) == 0
+    measured = capsys.readouterr().out
+    assert measured.strip()
+    assert measured in fitted
+
+
+def test_test_measures_other_sets_of_a_run(make_checkpoint, fit, tmp_path, text_file):
+    """Given sets replace the run's own; what is not given stays as it was in the run."""
+    run = fit(make_checkpoint(), tmp_path / "run", RTN)
+    other = tmp_path / "other.txt"
+    other.write_text(text_file.read_text()[5000:30000])
+    more = [f"--evaluation.perplexity=[{text_file},{other}]", "--evaluation.max_chunks=4"]
+    options = cli.build_parser().parse_args(["test", f"--run_dir={run}", "--accelerator=cpu", *more]).test
+    measured = cli.test(options)
+    recorded = json.loads((run / "results.json").read_text(encoding="utf-8"))["perplexity"]
+    assert list(measured) == [text_file.name, other.name]
+    assert measured[text_file.name] == recorded[text_file.name]
+    assert measured[other.name]["fp"] != recorded[text_file.name]["fp"]
+
+
+def test_test_of_a_checkpoint_is_that_of_the_run_over_it(make_checkpoint, fit, tmp_path, text_file):
+    folder = make_checkpoint()
+    run = fit(folder, tmp_path / "run", RTN)
+    arguments = [
+        "test", f"--checkpoint={folder}", f"--evaluation.perplexity=[{text_file}]", "--evaluation.max_chunks=4",
+        "--evaluation.seq_len=32", "--accelerator=cpu",
+    ]  # fmt: skip
+    measured = cli.test(cli.build_parser().parse_args(arguments).test)[text_file.name]
+    recorded = json.loads((run / "results.json").read_text(encoding="utf-8"))["perplexity"][text_file.name]
+    assert measured == {name: recorded[name] for name in ("fp", "fp_prompt")}
+
+
+def test_two_files_of_one_name_are_two_sets(make_checkpoint, fit, tmp_path, text_file):
+    """…/a/text.txt and …/b/text.txt: neither may vanish behind the other."""
+    other = tmp_path / "elsewhere" / text_file.name
+    other.parent.mkdir()
+    other.write_text(text_file.read_text()[5000:30000])
+    run = fit(make_checkpoint(), tmp_path / "run", RTN, f"--evaluation.perplexity=[{text_file},{other}]")
+    figures = json.loads((run / "results.json").read_text(encoding="utf-8"))["perplexity"]
+    assert len({value["fp"] for value in figures.values()}) == 2
