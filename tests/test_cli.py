@@ -542,14 +542,6 @@ def start(*arguments):
     )
 
 
-def test_the_process_ends_with_code_2_and_one_line(tmp_path):
-    result = start("fit", "--config=configs/demo.yaml", f"--run_dir={tmp_path / 'run'}", "--data.nonsense=3")
-    assert (result.returncode, result.stdout) == (2, "")
-    assert len(result.stderr.splitlines()) == 1
-    assert "data.nonsense" in result.stderr
-    assert not (tmp_path / "run").exists()
-
-
 def test_the_process_refuses_what_shows_only_later(checkpoint, fit_arguments, tmp_path):
     """Behind all imports and after the model was opened, and still no library says a word."""
     result = start(*fit_arguments(checkpoint, tmp_path / "run", "--data.seq_len=9000"))

@@ -28,7 +28,7 @@ class Optimization:
         schedule: `cosine` to zero over the block's steps, or `constant`.
     """
 
-    clip_lr: float = 2e-2
+    clip_lr: float = 1e-2
     smoothing_lr: float = 2e-2
     low_rank_lr: float = 1e-2
     weight_decay: float = 0.0

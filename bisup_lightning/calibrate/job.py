@@ -37,6 +37,7 @@ from bisup_lightning.transform.invariance import check_invariance
 from bisup_lightning.transform.transform import Transform
 
 RESULTS = "results.json"
+TOKENIZER_FILES = ("tokenizer*", "vocab.*", "merges.txt", "chat_template.*", "special_tokens_map.json")
 
 
 @dataclass
@@ -227,7 +228,9 @@ def evaluation_sets(
 def fingerprint(job: Job, fp: BlockwiseModel) -> dict[str, Any]:
     """All that the result depends on: settings, model files, text files, code version, device type."""
     entries = dict(job.settings)
-    for path in [fp.checkpoint.folder / "config.json", *fp.checkpoint.shards]:
+    folder = fp.checkpoint.folder
+    tokenizer = (path for pattern in TOKENIZER_FILES for path in sorted(folder.glob(pattern)))
+    for path in [folder / "config.json", *tokenizer, *fp.checkpoint.shards]:
         entries[f"checkpoint/{path.name}"] = sha256(path)
     for source in {job.data.calibration, *job.evaluation.perplexity}:
         if Path(source).is_file():

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 
 from bisup_lightning.errors import UserError
 
@@ -182,21 +182,22 @@ def self_generated(
     Raises:
         UserError: If the model has no token to begin a text with.
     """
-    model = AutoModelForCausalLM.from_pretrained(folder).to(device).eval()  # type: ignore[arg-type]  # stub lacks self
-    model.generation_config.pad_token_id = model.config.eos_token_id
+    model = AutoModelForCausalLM.from_pretrained(folder).to(device).eval()  # type: ignore[arg-type]  # a wrong stub
     if (bos := model.config.bos_token_id) is None:
         raise UserError("data.calibration: self needs a model with a bos_token_id in config.json; give a text file")
-    state = torch.random.get_rng_state()
-    torch.manual_seed(seed)
+    # A checkpoint's own habits (penalties, top-k, …) would bend the text.
+    model.generation_config = GenerationConfig(
+        do_sample=True,
+        top_k=0,
+        min_new_tokens=seq_len,
+        max_new_tokens=seq_len,
+        eos_token_id=model.config.eos_token_id,
+        pad_token_id=bos,
+    )
     samples = []
-    for start in range(0, num_samples, batch_size):
-        rows = min(batch_size, num_samples - start)
-        prompt = torch.full((rows, 1), bos, device=device)
-        samples.append(
-            model.generate(
-                prompt, attention_mask=torch.ones_like(prompt), do_sample=True, top_k=0, top_p=1.0, temperature=1.0,
-                min_new_tokens=seq_len, max_new_tokens=seq_len,
-            )[:, 1:].cpu()
-        )  # fmt: skip
-    torch.random.set_rng_state(state)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        for start in range(0, num_samples, batch_size):
+            first = torch.full((min(batch_size, num_samples - start), 1), bos, device=device)
+            samples.append(model.generate(first, attention_mask=torch.ones_like(first))[:, 1:].cpu())
     return torch.cat(samples)

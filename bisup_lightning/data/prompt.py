@@ -55,6 +55,8 @@ class Prompt:
             )
             for words in ("0", "x")
         ]
+        if rendered[0] == rendered[1]:
+            raise UserError("prompt.kind: the chat template here ignores the user's words; choose bos, text or none")
         common = 0  # the part that does not depend on the user's words
         while rendered[0][common] == rendered[1][common]:
             common += 1

@@ -31,7 +31,7 @@ class Theta:
         clip: Learn clip values (Θ1, §4.1).
         smoothing: Learn smoothing vectors (Θ2, §4.2): `soft` frees s1 and s2 of each other (SWAS), `hard` ties s2 to
             1/s1 (WAS), null leaves them out.
-        smoothing_start: Start at s1 = 1/s, s2 = s of the `smoothquant` formula with alpha 0.5, or at `ones` (paper);
+        smoothing_start: Start at s1 = 1/s, s2 = s of the `smoothquant` formula with alpha 0.5, or at `ones`;
             `auto` takes ones on a rotated model, whose channels are alike, and smoothquant elsewhere.
         low_rank: Learn a low-rank compensation (Θ3, §4.3): `slrec` for W(1 + AB), `lrec` for W + AB, null for none.
         rank: Inner size r of A and B.

@@ -13,9 +13,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bisup_lightning.errors import UserError
-from bisup_lightning.model.family import EMBEDDING, FINAL_NORM, HEAD, layer_prefix
+from bisup_lightning.model.family import EMBEDDING, FINAL_NORM, HEAD, STORED_ROTARY, layer_prefix
 
-ROTARY = ".rotary_emb."  # frequencies that old checkpoints store in every block; they follow from the configuration
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 
@@ -149,7 +148,7 @@ class Checkpoint:
     def read_layer(self, index: int, device: torch.device, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """The tensors of block `index`, named as inside the block; floats in `dtype`, or as they are stored."""
         prefix = layer_prefix(index)
-        names = [name for name in self.shard_of if name.startswith(prefix) and ROTARY not in name]
+        names = [name for name in self.shard_of if name.startswith(prefix) and STORED_ROTARY not in name]
         return {
             name.removeprefix(prefix): tensor.to(device, dtype if tensor.is_floating_point() else None)
             for name, tensor in self.read(names).items()

@@ -42,6 +42,7 @@ SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")  # Qwen1.5 and 2.5 are of typ
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
+STORED_ROTARY = ".rotary_emb."  # frequencies that old checkpoints hold in every block; config.json implies them
 
 
 def layer_prefix(index: int) -> str:

@@ -16,6 +16,7 @@ from bisup_lightning.model.kv import BlockKV, KVQuantizer
 from bisup_lightning.quant.spec import Precision, QuantSpec, Scheme
 from tests.tools import Watch, with_callback
 
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning")
 CPU = torch.device("cpu")
 SEED, EPOCHS, BATCH = 3, 3, 4
 LEAST_CLIP = 1e-2

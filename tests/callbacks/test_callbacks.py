@@ -197,7 +197,7 @@ def test_progress_leaves_one_line_for_each_block_off_a_terminal(checkpoint, fit,
         assert line.startswith(f"block {number}/2 ")
         assert f"{entry['loss_initial']:.3e}" in line
         assert f"{entry['loss_final']:.3e}" in line
-        assert "kept" not in line
+        assert ("kept its start" in line) is entry["kept_start"]
 
 
 def test_progress_goes_on_counting_in_a_resumed_run(checkpoint, fit, tmp_path, capsys, monkeypatch):
@@ -221,7 +221,7 @@ def test_progress_gives_the_terminal_back():
     assert "\x1b[?25l" in text.getvalue()
     assert "\x1b[?25h" not in text.getvalue()
     progress.on_walk_end(walk)
-    assert text.getvalue().rstrip("\n").endswith("\x1b[?25h") or "\x1b[?25h" in text.getvalue()
+    assert "\x1b[?25h" in text.getvalue()
     progress.on_walk_end(walk)  # once more does no harm
 
 

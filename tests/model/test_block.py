@@ -318,6 +318,24 @@ def test_smoothquant_start_keeps_the_function_and_follows_the_formula(kind, smoo
         assert norm.smoothing.max() / norm.smoothing.min() > 1.5
 
 
+@pytest.mark.parametrize("hadamard", [False, True])
+def test_an_automatic_start_is_smoothquants_but_on_a_rotated_model(hadamard):
+    """Which has no loud channels left: there it starts at ones, and a start of ones needs no statistics."""
+    starts = {}
+    for start in ("auto", "ones" if hadamard else "smoothquant"):
+        family, layer = quantized("llama", Scheme(hadamard=hadamard))
+        x, positions = (
+            random_hidden(0, BATCH, LENGTH, family.hidden_size, torch.float32),
+            positions_of(family, LENGTH, 0, torch.float32),
+        )
+        absmax = None if hadamard else absmax_of(family, random_tensors(family, 0, torch.float32), x, positions)
+        add_theta(layer, Theta(smoothing_start=start, low_rank=None), torch.Generator(), absmax)
+        starts[start] = layer.input_layernorm.smoothing
+    automatic, wanted = starts.values()
+    assert torch.equal(automatic, wanted)
+    assert automatic.eq(1).all() == hadamard
+
+
 def test_smoothquant_evens_out_a_loud_channel():
     """The channel that `random_tensors` makes six times louder weighs less in the smoothed activation."""
     family = family_of("llama")
