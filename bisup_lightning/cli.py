@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -30,7 +31,7 @@ from bisup_lightning.data.prompt import Prompt
 from bisup_lightning.errors import UserError
 from bisup_lightning.evaluate.perplexity import Evaluation
 from bisup_lightning.hub.generate import complete
-from bisup_lightning.quant.spec import Precision
+from bisup_lightning.quant.spec import Precision, QuantSpec
 from bisup_lightning.report import comparison_table, perplexity_table
 from bisup_lightning.transform.transform import NoTransform, Transform
 
@@ -141,12 +142,52 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
+def check_values(config: Namespace) -> None:
+    """Refuse values whose classes can't name their key.
+
+    Raises:
+        UserError: Naming the key.
+    """
+    for place in ("weights", "activations", "kv"):
+        if (spec := config.precision[place]) is not None:
+            try:
+                QuantSpec(**vars(spec))
+            except ValueError as error:
+                raise UserError(f"precision.{place}.{error}") from error
+    if not 0 <= config.seed < 2**62:
+        raise UserError(f"seed must lie in [0, 2^62), not {config.seed}")
+    if config.trainer.devices not in (1, "1", "auto"):
+        raise UserError(
+            f"trainer.devices must be 1 or auto, not {config.trainer.devices}: one device calibrates for now"
+        )
+    if (clip := config.trainer.gradient_clip_val) is not None and clip < 0:
+        raise UserError(f"trainer.gradient_clip_val must be 0 or more, not {clip}")
+
+
+def root_message(error: BaseException) -> str:
+    """What went wrong first: the parser wraps it in an account of all that it tried."""
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    return str(error)
+
+
+def one_line(error: Exception) -> str:
+    """The error's message for a person."""
+    message = str(error)
+    if isinstance(error, ArgumentError) and "Union subtypes" in message:
+        key = ".".join(re.findall(r'Parser key "([^"]+)"', message))
+        given = re.search(r"Given value: (?!Namespace|NestedArg)(.+)", message)
+        message = f"{key}: {root_message(error)}" + (f" (given: {given[1]})" if given else "")
+    return " ".join(message.split())
+
+
 def make_job(parser: LightningArgumentParser, config: Namespace) -> Job:
     """What `fit` was asked for, from its parsed configuration."""
+    check_values(config)
     try:
-        objects = parser.instantiate_classes(config)
+        objects = parser.instantiate(config)
     except ValueError as error:  # a value that its class refuses
-        raise UserError(str(error)) from error
+        raise UserError(root_message(error)) from error
     plain = config.clone(with_meta=False).as_dict()
     plain.pop("config", None)
     settings = {key: value for key, value in flatten(plain).items() if not key.startswith(HARMLESS)}
@@ -189,6 +230,8 @@ def run(arguments: Sequence[str] | None = None) -> None:
         console.print(perplexity_table({"perplexity": test(options)}))
     elif command == "predict":
         device = device_for(options.accelerator)
+        if options.max_new_tokens < 1 or options.temperature < 0:
+            raise UserError("predict: max_new_tokens must be at least 1, and temperature 0 or more")
         read_results(options.run_dir)
         folder = options.run_dir / "model"
         console.print(complete(folder, options.text, options.max_new_tokens, options.temperature, device), markup=False)
@@ -199,12 +242,15 @@ def run(arguments: Sequence[str] | None = None) -> None:
 
 def test(options: Namespace) -> dict[str, Any]:
     """Perplexity figures of a run or a checkpoint."""
-    evaluation = Evaluation(**vars(options.evaluation))
+    try:
+        evaluation, prompt = Evaluation(**vars(options.evaluation)), Prompt(**vars(options.prompt))
+    except ValueError as error:
+        raise UserError(str(error)) from error
     if (options.run_dir is None) == (options.checkpoint is None):
         raise UserError("test: give either --run_dir or --checkpoint")
     device = device_for(options.accelerator)
     if options.checkpoint is not None:
-        return evaluate_checkpoint(options.checkpoint, evaluation, Prompt(**vars(options.prompt)), options.seed, device)
+        return evaluate_checkpoint(options.checkpoint, evaluation, prompt, options.seed, device)
     read_results(options.run_dir)
     parser = fit_parser()
     config = parser.parse_path(options.run_dir / "config.yaml")
@@ -216,7 +262,7 @@ def test(options: Namespace) -> dict[str, Any]:
 
 def quieten() -> None:
     """Keep libraries from talking over the progress line; their errors still show."""
-    for name in ("lightning.pytorch", "transformers", "datasets", "huggingface_hub"):
+    for name in ("lightning.pytorch", "transformers", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
     from transformers.utils import logging as transformers_logging
 
@@ -232,6 +278,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         run(arguments)
     except (UserError, ArgumentError, OSError) as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     return 0

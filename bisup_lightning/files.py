@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -24,7 +25,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         _sync_and_rename(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if type(error).__name__ == "SafetensorError":  # what the library makes of a failed write
+        if isinstance(error, SafetensorError):  # what the library makes of a failed write
             raise OSError(f"{path}: {error}") from error
         raise
 

@@ -175,15 +175,15 @@ def test_a_bad_file_is_refused(fit_refused, checkpoint, tmp_path, text, words):
 
 def test_nothing_to_learn_is_refused(fit_refused, checkpoint):
     """BiSup without any part of Θ is rounding: the user means another solver."""
-    theta = '--solver.theta={"clip": false, "smoothing": null, "low_rank": null}'
+    theta = '--solver.theta={"clip": false, "smoothing": "none", "low_rank": "none"}'
     fit_refused(checkpoint, [theta], "solver.theta")
 
 
 @pytest.mark.parametrize("part", ["smoothing", "low_rank"])
 def test_a_part_of_theta_can_be_left_out_by_its_own_argument(checkpoint, fit, tmp_path, part):
-    run = fit(checkpoint, tmp_path / "run", f"--solver.theta.{part}=null", "--solver.epochs=1")
+    run = fit(checkpoint, tmp_path / "run", f"--solver.theta.{part}=none", "--solver.epochs=1")
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    assert config["solver"]["init_args"]["theta"][part] is None
+    assert config["solver"]["init_args"]["theta"][part] == "none"
 
 
 def test_a_run_without_the_callback_that_saves_blocks_says_so_first(fit_refused, checkpoint):

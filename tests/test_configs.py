@@ -114,7 +114,7 @@ def test_an_ablation_behind_the_papers_setting_keeps_its_optimization():
     assert both.optimization == paper.optimization
     assert both.optimization.schedule == "constant"
     assert both.theta.smoothing_start == paper.theta.smoothing_start == "ones"
-    assert (both.theta.clip, both.theta.smoothing, both.theta.low_rank) == (True, None, None)
+    assert (both.theta.clip, both.theta.smoothing, both.theta.low_rank) == (True, "none", "none")
 
 
 def test_another_class_brings_its_own_arguments():

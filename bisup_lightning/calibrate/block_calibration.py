@@ -1,5 +1,6 @@
 """Calibration of one block as a LightningModule: its parameters are Θ (paper §4.4, Algorithm A1, lines 7-14)."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -33,6 +34,11 @@ class Optimization:
     low_rank_lr: float = 1e-2
     weight_decay: float = 0.0
     schedule: Literal["cosine", "constant"] = "cosine"
+
+    def __post_init__(self) -> None:
+        for name in ("clip_lr", "smoothing_lr", "low_rank_lr", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"solver.optimization.{name} must be 0 or more, not {getattr(self, name)}")
 
     def rate(self, parameter_name: str) -> float:
         """The learning rate of a tensor of Θ, by its name in the block."""

@@ -151,7 +151,7 @@ class BlockWalk:
             kv=BlockKV(KVQuantizer.of(self.scheme), prompt),
             statistics=statistics,
             orders=self.transform.orders(statistics),
-            seed=self.seed + 1009 * index,
+            seed=1_000_003 * self.seed + 1009 * index,
             make_trainer=lambda epochs: self.make_trainer(index, epochs),
         )
         start = fuse_layer(block.start())

@@ -119,6 +119,7 @@ def fit(job: Job) -> dict[str, Any]:
     walk.prepare()
     if progress.streams is None:
         tokens_NT = calibration_tokens(job, folder, tokenizer)
+        check_vocabulary(tokens_NT, plain)
         if transformed is not plain.checkpoint:
             exact, rotated = (
                 BlockwiseModel(folder, job.device, torch.float32, checkpoint=checkpoint)
@@ -196,10 +197,8 @@ def open_checkpoint(checkpoint: str, device: torch.device) -> tuple[BlockwiseMod
     fp.dtype = evaluation_dtype(fp)
     try:
         return fp, AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"checkpoint: {folder} has no tokenizer that can be read: {str(error).splitlines()[0]}"
-        ) from error
+    except Exception as error:  # whatever a damaged file makes the library stumble over
+        raise UserError(f"checkpoint: {folder} has no tokenizer that can be read: {error}") from error
 
 
 def calibration_tokens(job: Job, folder: Path, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
@@ -221,8 +220,24 @@ def evaluation_sets(
             count, folder = wanted.max_chunks or 64, fp.checkpoint.folder
             sets[source] = corpus.self_generated(folder, count, length, seed + corpus.HELD_OUT, fp.device)
         else:
-            sets[Path(source).name] = corpus.evaluation_tokens(source, tokenizer, length, wanted.max_chunks)
+            name = Path(source).name
+            name = source if name in sets else name
+            sets[name] = corpus.evaluation_tokens(source, tokenizer, length, wanted.max_chunks)
+            check_vocabulary(sets[name], fp)
     return sets
+
+
+def check_vocabulary(ids: torch.Tensor, fp: BlockwiseModel) -> None:
+    """Refuse token ids that the model does not know.
+
+    Raises:
+        UserError: If the tokenizer belongs to another vocabulary.
+    """
+    if int(ids.max()) >= fp.family.vocab_size:
+        raise UserError(
+            f"checkpoint: the tokenizer in {fp.checkpoint.folder} gives token {int(ids.max())}, but the model knows "
+            f"{fp.family.vocab_size}; they belong to different models"
+        )
 
 
 def fingerprint(job: Job, fp: BlockwiseModel) -> dict[str, Any]:
@@ -290,7 +305,13 @@ def evaluate_run(job: Job) -> dict[str, Any]:
 def evaluate_checkpoint(
     checkpoint: str, evaluation: Evaluation, prompt: Prompt, seed: int, device: torch.device
 ) -> dict[str, Any]:
-    """Measure a full-precision checkpoint, plain and behind a prompt."""
+    """Measure a full-precision checkpoint, plain and behind a prompt.
+
+    Raises:
+        UserError: If it can't be used, or there is nothing to measure.
+    """
     fp, tokenizer = open_checkpoint(checkpoint, device)
+    if not evaluation.perplexity:
+        raise UserError("evaluation.perplexity: name at least one set, such as '[wikitext2]'")
     sets = evaluation_sets(evaluation, 2048, seed, fp, tokenizer)
     return evaluate(fp, None, sets, prompt.ids(tokenizer, fp.family.config), evaluation.batch_size)

@@ -4,6 +4,7 @@ Shape suffixes: N sequences, T tokens.
 """
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +67,7 @@ def documents(source: str, split: str) -> list[str]:
     """
     path = Path(source)
     if path.suffix in (".txt", ".raw"):
-        texts = [path.read_text(encoding="utf-8")]
+        texts = [_read(path)]
     elif path.suffix == ".jsonl":
         texts = _json_lines(path)
     else:
@@ -78,18 +79,28 @@ def documents(source: str, split: str) -> list[str]:
 
 def _json_lines(path: Path) -> list[str]:
     texts = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                texts.append(json.loads(line)["text"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{path}: line {number} is no JSON object with a 'text' field") from error
+    for number, line in enumerate(_read(path).splitlines(), start=1):
+        try:
+            text = json.loads(line)["text"]
+        except (ValueError, KeyError, TypeError):
+            text = None
+        if not isinstance(text, str):
+            raise UserError(f"{path}: line {number} is no JSON object with a 'text' of words")
+        texts.append(text)
     return texts
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error}") from error
 
 
 def _dataset(source: str, split: str) -> list[str]:
     import datasets  # slow to import, and needed for few sources
 
+    datasets.logging.set_verbosity(logging.CRITICAL)  # what it logs as an error, it raises, too
     try:
         if source == "wikitext2":
             rows = datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from jinja2 import TemplateError
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from bisup_lightning.errors import UserError
@@ -46,15 +47,13 @@ class Prompt:
         if tokenizer.chat_template is None:
             raise UserError("prompt.kind: this tokenizer has no chat template; choose bos, text or none")
         system = [] if self.text is None else [{"role": "system", "content": self.text}]
-        rendered: list[Any] = [  # token ids
-            tokenizer.apply_chat_template(
-                [*system, {"role": "user", "content": words}],
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=False,
-            )
-            for words in ("0", "x")
-        ]
+        rendered: list[Any] = []  # token ids
+        for words in ("0", "x"):
+            messages = [*system, {"role": "user", "content": words}]
+            try:
+                rendered.append(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+            except TemplateError as error:
+                raise UserError(f"prompt: the chat template refuses such a conversation: {error}") from error
         if rendered[0] == rendered[1]:
             raise UserError("prompt.kind: the chat template here ignores the user's words; choose bos, text or none")
         common = 0  # the part that does not depend on the user's words

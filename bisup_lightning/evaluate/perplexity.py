@@ -31,10 +31,10 @@ class Evaluation:
     batch_size: int = 8
 
     def __post_init__(self) -> None:
-        for name in ("seq_len", "max_chunks", "batch_size"):
+        for name, least in {"seq_len": 2, "max_chunks": 1, "batch_size": 1}.items():
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"evaluation.{name} must be at least 1, not {value}")
+            if value is not None and value < least:
+                raise ValueError(f"evaluation.{name} must be at least {least}, not {value}")
 
 
 @torch.no_grad()

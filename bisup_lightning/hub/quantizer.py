@@ -83,9 +83,10 @@ def keep_cache_only_if_asked(module: nn.Module, args: Any, kwargs: dict[str, Any
 class StandBehindPrompt:
     """Puts the quantizing cache with the prompt in front wherever a forward pass starts without one.
 
-    Inputs that begin with the prompt's own tokens (what a tokenizer adds, or a chat template) stay as they are, and the
-    prompt's exact keys and values replace those that the quantized blocks make of them. Other inputs stand behind it:
-    their positions start at P.
+    Inputs may begin with the prompt's own tokens (what a tokenizer adds, or a chat template). If all do, and none is
+    padded, they stay as they are, and the exact keys and values replace those that the quantized blocks make of these
+    tokens. Otherwise all stand behind the exact prompt, and where a row of a batch with an attention mask brings it
+    along, its copy is masked out.
 
     Args:
         model: The loaded model.
@@ -100,29 +101,47 @@ class StandBehindPrompt:
         """The arguments with which the decoder runs."""
         if args:  # transformers calls its decoders with keywords
             kwargs = {"input_ids": args[0], **kwargs}
-        cache = kwargs.get("past_key_values")
+        cache, mask_BT = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        if mask_BT is not None and mask_BT.ndim != 2:
+            raise ValueError("a bisup model takes attention masks of shape [batch, tokens] only")
         if not isinstance(cache, PromptCache):
             if cache is not None and cache.get_seq_length() > 0:
                 raise ValueError("a bisup model needs its own cache: pass none, or the one that it returned")
-            holds = self._begins_with_prompt(kwargs.get("input_ids"))
-            cache = PromptCache(self.num_layers, self.kv, self.prompt, holds)
+            cache = self._new_cache(kwargs.get("input_ids"), mask_BT)
         kwargs["past_key_values"] = cache
         if cache.tokens_in_front:
-            self._shift(kwargs, cache.tokens_in_front)
+            self._stand_behind(kwargs, cache)
         return (), kwargs
 
-    def _begins_with_prompt(self, ids_BT: Tensor | None) -> bool:
-        if self.prompt is None or ids_BT is None:
-            return False
-        length = len(self.prompt.ids)
-        return ids_BT.shape[1] > length and bool((ids_BT[:, :length] == self.prompt.ids.to(ids_BT.device)).all())
+    def _new_cache(self, ids_BT: Tensor | None, mask_BT: Tensor | None) -> PromptCache:
+        if self.prompt is None or ids_BT is None or ids_BT.shape[1] < len(self.prompt.ids):
+            return PromptCache(self.num_layers, self.kv, self.prompt)
+        prompt_P = self.prompt.ids.to(ids_BT.device)
+        column_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
+        first_B1 = ids_BT.new_zeros(len(ids_BT), 1) if mask_BT is None else mask_BT.int().argmax(1, keepdim=True)
+        columns_BP = (first_B1 + column_T[: len(prompt_P)]).clamp_max(ids_BT.shape[1] - 1)
+        holds_B1 = (ids_BT.gather(1, columns_BP) == prompt_P).all(1, keepdim=True)
+        if bool(holds_B1.all()) and not bool(first_B1.any()):
+            return PromptCache(self.num_layers, self.kv, self.prompt, inputs_hold_prompt=True)
+        cache = PromptCache(self.num_layers, self.kv, self.prompt)
+        if mask_BT is not None and bool(holds_B1.any()):
+            cache.own_copy_BT = holds_B1 & (column_T >= first_B1) & (column_T < first_B1 + len(prompt_P))
+        return cache
 
     @staticmethod
-    def _shift(kwargs: dict[str, Any], length: int) -> None:
-        if kwargs.get("position_ids") is not None:
-            kwargs["position_ids"] = kwargs["position_ids"] + length
-        mask_BT = kwargs.get("attention_mask")
+    def _stand_behind(kwargs: dict[str, Any], cache: PromptCache) -> None:
+        """Positions start at P, or at P behind a row's own copy; masks count the prompt, and not such a copy."""
+        length, copy_BT = cache.tokens_in_front, cache.own_copy_BT
+        positions_BT, mask_BT = kwargs.get("position_ids"), kwargs.get("attention_mask")
+        if copy_BT is not None:
+            rows, new = kwargs["input_ids"].shape
+            total = cache.get_seq_length() - length + new
+            if positions_BT is None:
+                positions_BT = torch.arange(total - new, total, device=copy_BT.device).expand(rows, -1)
+            mask_BT = copy_BT.new_ones(rows, total, dtype=torch.long) if mask_BT is None else mask_BT.clone()
+            mask_BT[:, : copy_BT.shape[1]].masked_fill_(copy_BT, 0)
+        if positions_BT is not None:
+            held = 0 if copy_BT is None else copy_BT.sum(1, keepdim=True)
+            kwargs["position_ids"] = (positions_BT + length - held).clamp_min(0)
         if mask_BT is not None:
-            if mask_BT.ndim != 2:
-                raise ValueError("a bisup model takes attention masks of shape [batch, tokens] only")
             kwargs["attention_mask"] = torch.cat([mask_BT.new_ones(mask_BT.shape[0], length), mask_BT], dim=1)

@@ -11,7 +11,6 @@ from transformers import PretrainedConfig
 from bisup_lightning.model.family import LINEAR_INPUTS, Family, linear_inputs, online_rotation
 from bisup_lightning.model.linear import (
     InputQuantizer,
-    LowRankForm,
     PackedLinear,
     PackedSegment,
     QuantLinear,
@@ -30,18 +29,24 @@ class Theta:
     Args:
         clip: Learn clip values (Θ1, §4.1).
         smoothing: Learn smoothing vectors (Θ2, §4.2): `soft` frees s1 and s2 of each other (SWAS), `hard` ties s2 to
-            1/s1 (WAS), null leaves them out.
+            1/s1 (WAS), `none` leaves them out.
         smoothing_start: Start at s1 = 1/s, s2 = s of the `smoothquant` formula with alpha 0.5, or at `ones`;
             `auto` takes ones on a rotated model, whose channels are alike, and smoothquant elsewhere.
-        low_rank: Learn a low-rank compensation (Θ3, §4.3): `slrec` for W(1 + AB), `lrec` for W + AB, null for none.
+        low_rank: Learn a low-rank compensation (Θ3, §4.3): `slrec` for W(1 + AB), `lrec` for W + AB, or `none`.
         rank: Inner size r of A and B.
     """
 
     clip: bool = True
-    smoothing: Literal["soft", "hard"] | None = "soft"
+    smoothing: Literal["soft", "hard", "none"] = "soft"
     smoothing_start: Literal["auto", "smoothquant", "ones"] = "auto"
-    low_rank: LowRankForm | None = "slrec"
+    low_rank: Literal["slrec", "lrec", "none"] = "slrec"
     rank: int = 32
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"solver.theta.rank must be at least 1, not {self.rank}")
+        if not self.clip and self.smoothing == self.low_rank == "none":
+            raise ValueError("solver.theta: nothing is left to learn; choose the solver RTN for that")
 
 
 def build_layer(family: Family, index: int, tensors: Mapping[str, Tensor]) -> nn.Module:
@@ -166,7 +171,7 @@ def add_theta(
         parameter.requires_grad_(theta.clip and is_clip(name))
     for entry in LINEAR_INPUTS:
         linears = [_part(layer, name, QuantLinear) for name in entry.linears]
-        if entry.norm is not None and theta.smoothing is not None:
+        if entry.norm is not None and theta.smoothing != "none":
             norm = _part(layer, entry.norm, QuantNorm)
             order = norm.quantizer.order
             s_I = torch.ones_like(linears[0].weight[0], dtype=torch.float32)
@@ -178,7 +183,7 @@ def add_theta(
                     linear.tie_smoothing(norm.smoothing, order)
                 else:
                     linear.add_smoothing(nn.Parameter((s_I if order is None else s_I[order]).clone()))
-        if theta.low_rank is not None:
+        if theta.low_rank != "none":
             for linear in linears:
                 rows, features = linear.weight.shape
                 a_OR, b_RI = low_rank.start(rows, features, theta.rank, generator)

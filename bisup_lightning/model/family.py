@@ -105,7 +105,7 @@ class Family:
         """
         try:
             config = AutoConfig.from_pretrained(folder)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"checkpoint: {folder}/config.json: {str(error).splitlines()[0]}") from error
         return cls(config)
 

@@ -164,6 +164,7 @@ class PromptCache(Cache):
             ]
         )
         self.tokens_in_front = 0 if prompt is None or inputs_hold_prompt else len(prompt.ids)
+        self.own_copy_BT: Tensor | None = None  # where inputs bring the prompt along although it stands in front
 
 
 def _in_front(prompt_HPd: Tensor, x_BHTd: Tensor) -> Tensor:

@@ -82,13 +82,13 @@ class Precision:
     def __post_init__(self) -> None:
         for place, spec in {"weights": self.weights, "activations": self.activations}.items():
             if spec and not spec.symmetric:
-                raise ValueError(f"{place}.symmetric must be true: integer products need codes around zero")
+                raise ValueError(f"precision.{place}.symmetric must be true: integer products need codes around zero")
             if spec and spec.granularity not in ("row", "group", "tensor"):
-                raise ValueError(f"{place}.granularity must be row, group or tensor, not {spec.granularity}")
+                raise ValueError(f"precision.{place}.granularity must be row, group or tensor, not {spec.granularity}")
         if self.kv and self.kv.granularity not in ("head", "token"):
-            raise ValueError(f"kv.granularity must be head or token, not {self.kv.granularity}")
+            raise ValueError(f"precision.kv.granularity must be head or token, not {self.kv.granularity}")
         if self.kv and self.kv.group_size is not None:
-            raise ValueError("kv.group_size must be null: keys and values are scaled by head or by token")
+            raise ValueError("precision.kv.group_size must be null: keys and values are scaled by head or by token")
 
 
 @dataclass(frozen=True)

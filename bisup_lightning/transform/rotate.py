@@ -93,7 +93,8 @@ class RotatedCheckpoint(Checkpoint):
             norm = f"{entry.norm}.weight"
             for name in entry.linears:
                 folded = tensors[f"{name}.weight"].double() * tensors[norm].double()
-                tensors[f"{name}.weight"] = self._rotate(folded).to(device, dtype)
+                rotated = self._rotate(folded)
+                tensors[f"{name}.weight"] = rotated if name == VALUE else rotated.to(device, dtype)  # cast once
             tensors[norm] = torch.ones_like(tensors[norm])
         for name in RESIDUAL_WRITERS:
             weight_OI = tensors[f"{name}.weight"].double()

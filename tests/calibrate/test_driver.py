@@ -230,9 +230,9 @@ def test_nan_twice_keeps_the_start_and_the_walk_goes_on(checkpoint, watched_fit,
 GENTLE = '--solver.optimization={"clip_lr": 0.005, "smoothing_lr": 0.005, "low_rank_lr": 0.001}'
 SWITCHES = {
     "all": ({}, {"clip", "smoothing", "low_rank"}),
-    "clip": ({"smoothing": None, "low_rank": None}, {"clip"}),
-    "smoothing": ({"clip": False, "low_rank": None}, {"smoothing"}),
-    "low_rank": ({"clip": False, "smoothing": None}, {"low_rank"}),
+    "clip": ({"smoothing": "none", "low_rank": "none"}, {"clip"}),
+    "smoothing": ({"clip": False, "low_rank": "none"}, {"smoothing"}),
+    "low_rank": ({"clip": False, "smoothing": "none"}, {"low_rank"}),
     "no clip": ({"clip": False}, {"smoothing", "low_rank"}),
     "lrec": ({"low_rank": "lrec"}, {"clip", "smoothing", "low_rank"}),
     "hard": ({"smoothing": "hard"}, {"clip", "smoothing", "low_rank"}),
