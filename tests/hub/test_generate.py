@@ -218,9 +218,7 @@ def test_left_padded_texts_that_begin_with_the_prompt(exact, name):
     assert all(torch.equal(together[row], greedy(model, text)[0]) for row, text in enumerate(texts))
 
 
-@pytest.mark.xfail(
-    reason="without an attention mask, a mixed batch is taken literally", strict=True
-)
+@pytest.mark.xfail(reason="without an attention mask, a mixed batch is taken literally", strict=True)
 @pytest.mark.parametrize("name", HELD)
 def test_texts_of_which_only_some_begin_with_the_prompt(exact, name):
     model = exact(name)
