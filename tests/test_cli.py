@@ -208,7 +208,7 @@ def test_a_hub_that_refuses(fit_refused, monkeypatch, kind, word):
     def refuse(*arguments, **settings):
         response = SimpleNamespace(
             headers={}, request=None, status_code=404
-        )  # of whichever library the hub's client uses
+        )  # whatever library made it
         raise kind("404 Client Error.\n\nCannot access repository.\nPlease log in.", response=response)
 
     monkeypatch.setattr("bisup_lightning.model.checkpoint.snapshot_download", refuse)
