@@ -206,9 +206,7 @@ def test_a_hub_that_cannot_be_reached(fit_refused, monkeypatch):
 @pytest.mark.parametrize(("kind", "word"), [(GatedRepoError, "gated"), (RepositoryNotFoundError, "no model")])
 def test_a_hub_that_refuses(fit_refused, monkeypatch, kind, word):
     def refuse(*arguments, **settings):
-        response = SimpleNamespace(
-            headers={}, request=None, status_code=404
-        )  # whatever library made it
+        response = SimpleNamespace(headers={}, request=None, status_code=404)  # whatever library made it
         raise kind("404 Client Error.\n\nCannot access repository.\nPlease log in.", response=response)
 
     monkeypatch.setattr("bisup_lightning.model.checkpoint.snapshot_download", refuse)
