@@ -2,7 +2,7 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -95,17 +95,22 @@ class Checkpoint:
         Raises:
             UserError: If one is missing or damaged.
         """
+        return dict(self._each(names, lambda file, name: file.get_tensor(name)))
+
+    def _each(self, names: Iterable[str], get: Callable[[Any, str], Any]) -> Iterator[tuple[str, Any]]:
+        """What `get` takes from the open shard of each named tensor, opening every shard once."""
         by_shard = defaultdict(list)
         for name in names:
             if name not in self.shard_of:
-                raise UserError(f"checkpoint: {self.folder} has no tensor {name}")
+                raise UserError(f"checkpoint: {self.folder} has no tensor {name}; is it quantized already, or damaged?")
             by_shard[self.shard_of[name]].append(name)
-        tensors = {}
         for shard, members in by_shard.items():
             with self._open(shard) as file:
                 for name in members:
-                    tensors[name] = self._stored(file, shard, name, lambda file, name: file.get_tensor(name))
-        return tensors
+                    try:
+                        yield name, get(file, name)
+                    except SafetensorError as error:
+                        raise UserError(f"checkpoint: {self.folder / shard}: {name}: {error}") from error
 
     def check_layers(self, shapes: Mapping[str, torch.Size], num_layers: int) -> None:
         """See that every block has the tensors that its architecture wants, from the shards' headers alone.
@@ -114,28 +119,12 @@ class Checkpoint:
             UserError: Naming the first that is missing or of another shape.
         """
         wanted = {layer_prefix(index) + name: shape for index in range(num_layers) for name, shape in shapes.items()}
-        if missing := [name for name in wanted if name not in self.shard_of]:
-            raise UserError(
-                f"checkpoint: {self.folder} has no tensor {missing[0]}; is it quantized already, or damaged?"
-            )
-        by_shard = defaultdict(list)
-        for name in wanted:
-            by_shard[self.shard_of[name]].append(name)
-        for shard, names in by_shard.items():
-            with self._open(shard) as file:
-                for name in names:
-                    stored = self._stored(file, shard, name, lambda file, name: file.get_slice(name).get_shape())
-                    if list(stored) != list(wanted[name]):
-                        raise UserError(
-                            f"checkpoint: {self.folder / shard}: {name} has shape {list(stored)}, "
-                            f"but config.json asks for {list(wanted[name])}"
-                        )
-
-    def _stored(self, file: Any, shard: str, name: str, read: Callable[[Any, str], Any]) -> Any:
-        try:
-            return read(file, name)
-        except SafetensorError as error:
-            raise UserError(f"checkpoint: {self.folder / shard}: {name}: {error}") from error
+        for name, stored in self._each(wanted, lambda file, name: file.get_slice(name).get_shape()):
+            if list(stored) != list(wanted[name]):
+                raise UserError(
+                    f"checkpoint: {self.folder / self.shard_of[name]}: {name} has shape {list(stored)}, "
+                    f"but config.json asks for {list(wanted[name])}"
+                )
 
     def head_name(self, tied: bool) -> str:
         """The name of the output projection's tensor; `tied`: whether the configuration ties it to the embedding."""
