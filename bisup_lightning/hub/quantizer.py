@@ -10,7 +10,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bisup_lightning.model.block import pack_layer
-from bisup_lightning.model.family import decoder, decoder_layers, head_dim
+from bisup_lightning.model.family import cache_keyword, decoder, decoder_layers, head_dim
 from bisup_lightning.model.kv import KVQuantizer, PromptCache, PromptKV
 from bisup_lightning.quant.spec import QuantSpec, Scheme
 
@@ -77,7 +77,7 @@ class BisupQuantizer(HfQuantizer):
 def keep_cache_only_if_asked(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
     """Without `use_cache`, the cache served one forward pass alone."""
     if kwargs.get("use_cache") is False:
-        output.past_key_values = None
+        setattr(output, cache_keyword(type(module)), None)
 
 
 class StandBehindPrompt:
@@ -101,14 +101,15 @@ class StandBehindPrompt:
         """The arguments with which the decoder runs."""
         if args:  # transformers calls its decoders with keywords
             kwargs = {"input_ids": args[0], **kwargs}
-        cache, mask_BT = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        keyword = cache_keyword(type(module))
+        cache, mask_BT = kwargs.get(keyword), kwargs.get("attention_mask")
         if mask_BT is not None and mask_BT.ndim != 2:
             raise ValueError("a bisup model takes attention masks of shape [batch, tokens] only")
         if not isinstance(cache, PromptCache):
             if cache is not None and cache.get_seq_length() > 0:
                 raise ValueError("a bisup model needs its own cache: pass none, or the one that it returned")
             cache = self._new_cache(kwargs.get("input_ids"), mask_BT)
-        kwargs["past_key_values"] = cache
+        kwargs[keyword] = cache
         if cache.tokens_in_front:
             self._stand_behind(kwargs, cache)
         return (), kwargs

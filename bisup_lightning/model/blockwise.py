@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bisup_lightning.model.block import build_layer, pack_layer
 from bisup_lightning.model.checkpoint import Checkpoint
-from bisup_lightning.model.family import EMBEDDING, FINAL_NORM, Family
+from bisup_lightning.model.family import EMBEDDING, FINAL_NORM, Family, cache_keyword
 from bisup_lightning.model.kv import BlockKV, KeyValue, KVRecorder, PromptKV
 from bisup_lightning.quant.spec import Scheme
 
@@ -36,7 +36,8 @@ class Positions:
 
 def run_layer(layer: nn.Module, hidden_BTD: Tensor, positions: Positions, kv: BlockKV | KVRecorder) -> Tensor:
     """Hidden states after one decoder layer, [B, T, D]."""
-    return layer(hidden_BTD, attention_mask=positions.mask, position_embeddings=positions.rotary, past_key_values=kv)
+    cache = {cache_keyword(type(layer)): kv}
+    return layer(hidden_BTD, attention_mask=positions.mask, position_embeddings=positions.rotary, **cache)
 
 
 class BlockwiseModel:

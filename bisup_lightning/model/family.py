@@ -1,8 +1,10 @@
 """What a checkpoint's architecture calls its parts. The only file that names Hugging Face attributes."""
 
 import copy
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +60,15 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 def decoder(model: PreTrainedModel) -> nn.Module:
     """The part of a causal language model that takes token ids and a cache."""
     return model.model
+
+
+@cache
+def cache_keyword(kind: type[nn.Module]) -> str:
+    """The keyword by which a decoder, or one of its layers, takes the cache, and its output gives it back.
+
+    transformers 5.24 renamed it.
+    """
+    return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"
 
 
 def online_rotation(entry: LinearInput, config: PretrainedConfig) -> int:

@@ -1,6 +1,6 @@
 """Keys and values: the prompt's stay at high precision and stand in front, the rest is quantized (paper §4.5).
 
-A decoder layer hands its keys (after RoPE) and values to `past_key_values.update(k, v, layer_idx)`; whatever has that
+A decoder layer hands its keys (after RoPE) and values to `update(k, v, layer_idx)` of its cache; whatever has that
 method decides what attention sees. Shape suffixes: B sequences, H key/value heads, T tokens, P prompt tokens,
 d head dimension, L layers.
 """
