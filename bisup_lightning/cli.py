@@ -1,8 +1,11 @@
 """The command line: reads configurations, builds what they describe, starts it. The only reader of configuration."""
 
+import argparse
 import copy
 import logging
+import os
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -11,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ActionConfigFile, ArgumentError, Namespace, lazy_instance
+from jsonargparse import ActionConfigFile, ArgumentError, Namespace, lazy_instance, set_parsing_settings
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 
 from bisup_lightning.calibrate.events import WalkCallback
@@ -25,11 +29,14 @@ from bisup_lightning.calibrate.job import (
     fit,
     read_results,
 )
+from bisup_lightning.calibrate.run_store import CONFIG, Resume
+from bisup_lightning.calibrate.signals import Interrupted, Signals, requeue
 from bisup_lightning.calibrate.solvers import Solver
 from bisup_lightning.data.corpus import CalibrationData
 from bisup_lightning.data.prompt import Prompt
 from bisup_lightning.errors import UserError
 from bisup_lightning.evaluate.perplexity import Evaluation
+from bisup_lightning.hub.audit import AuditError
 from bisup_lightning.hub.generate import complete
 from bisup_lightning.quant.spec import Precision, QuantSpec
 from bisup_lightning.report import comparison_table, perplexity_table
@@ -39,7 +46,12 @@ from bisup_lightning.transform.transform import NoTransform, Transform
 TRAINER_SETTINGS = {
     "accelerator", "devices", "logger", "callbacks", "gradient_clip_val", "deterministic", "detect_anomaly", "profiler",
 }  # fmt: skip
-HARMLESS = ("config", "run_dir", "checkpoint", "trainer.logger", "trainer.callbacks", "trainer.profiler")
+HARMLESS = (
+    "config", "run_dir", "checkpoint", "resume", "trainer.logger", "trainer.callbacks", "trainer.profiler",
+    "trainer.devices",
+)  # fmt: skip
+TRUST = "--trust_classes_from"  # never read from a file: who writes a configuration does not decide whom to trust
+TRUSTED = ["bisup_lightning", "callbacks", "lightning", "pytorch_lightning"]
 
 
 def new_parser(description: str) -> LightningArgumentParser:
@@ -55,6 +67,12 @@ def fit_parser() -> LightningArgumentParser:
     parser.add_argument("--checkpoint", type=str, required=True, help="Folder or hub id of the model to quantize.")
     parser.add_argument(
         "--run_dir", type=Path, required=True, help="Directory of all output; the same command resumes."
+    )
+    parser.add_argument(
+        "--resume",
+        type=Resume,
+        default="auto",
+        help="auto: go on with what run_dir holds, or begin; never: run_dir must be new; must: it must hold a run.",
     )
     parser.add_argument("--seed", type=int, default=0, help="Seed of all that is drawn.")
     parser.add_class_arguments(Precision, "precision", help="What is quantized, and how finely.")
@@ -87,6 +105,9 @@ def build_parser() -> LightningArgumentParser:
     predict.add_argument("--accelerator", type=str, default="auto", help="cpu, cuda or auto.")
     compare = new_parser("Print finished runs of one model side by side.")
     compare.add_argument("runs", type=Path, nargs="+", help="Run directories; the first is the baseline.")
+    parser.add_argument(
+        TRUST, action="append", metavar="MODULE", help="Module whose classes a configuration may name; see README."
+    )
     commands = parser.add_subcommands(required=True)
     for name, sub, line in (
         ("fit", fit_parser(), "quantize a checkpoint"),
@@ -181,9 +202,12 @@ def one_line(error: Exception) -> str:
     return " ".join(message.split())
 
 
-def make_job(parser: LightningArgumentParser, config: Namespace) -> Job:
+def make_job(parser: LightningArgumentParser, config: Namespace, signals: Signals) -> Job:
     """What `fit` was asked for, from its parsed configuration."""
     check_values(config)
+    if config.trainer.deterministic:  # from the first forward pass on, not only where a Trainer trains
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=config.trainer.deterministic == "warn")
     try:
         objects = parser.instantiate(config)
     except ValueError as error:  # a value that its class refuses
@@ -208,26 +232,50 @@ def make_job(parser: LightningArgumentParser, config: Namespace) -> Job:
         device=device_for(config.trainer.accelerator),
         settings=settings,
         config_yaml=parser.dump(config, skip_none=False),
+        resume=config.resume,
+        signals=signals,
     )
 
 
-def run(arguments: Sequence[str] | None = None) -> None:
+def trust(arguments: Sequence[str]) -> list[str]:
+    """Let values name classes of this project and of Lightning alone, and of the modules given for `TRUST`.
+
+    Naming a class imports its module, and importing runs what is in it.
+
+    Returns:
+        The other arguments.
+
+    Raises:
+        UserError: If no module is named, or none that may be.
+    """
+    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    options.add_argument(TRUST, action="append", default=[], metavar="MODULE")
+    try:
+        known, others = options.parse_known_args(arguments)
+        set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=TRUSTED + known.trust_classes_from)
+    except (SystemExit, ValueError) as error:
+        raise UserError(f"{TRUST}: name a module, such as my_package.solvers") from error
+    return others
+
+
+def run(arguments: Sequence[str], signals: Signals) -> None:
     """Parse and do.
 
     Raises:
         UserError: If something that the user gave can't be used.
+        Interrupted: If a signal asked to end.
     """
     parser = build_parser()
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
-    config = parser.parse_args(arguments)
+    config = parser.parse_args(trust(arguments))
     command, options = config.subcommand, config[config.subcommand]
     if command == "fit":
-        job = make_job(fit_parser(), options)
+        job = make_job(fit_parser(), options, signals)
         results = fit(job)
         console.print(perplexity_table(results))
         console.print(f"model: {options.run_dir / 'model'}")
     elif command == "test":
-        console.print(perplexity_table({"perplexity": test(options)}))
+        console.print(perplexity_table({"perplexity": test(options, signals)}))
     elif command == "predict":
         device = device_for(options.accelerator)
         if options.max_new_tokens < 1 or options.temperature < 0:
@@ -240,7 +288,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
         console.print(comparison_table(runs))
 
 
-def test(options: Namespace) -> dict[str, Any]:
+def test(options: Namespace, signals: Signals) -> dict[str, Any]:
     """Perplexity figures of a run or a checkpoint."""
     try:
         evaluation, prompt = Evaluation(**vars(options.evaluation)), Prompt(**vars(options.prompt))
@@ -253,15 +301,16 @@ def test(options: Namespace) -> dict[str, Any]:
         return evaluate_checkpoint(options.checkpoint, evaluation, prompt, options.seed, device)
     read_results(options.run_dir)
     parser = fit_parser()
-    config = parser.parse_path(options.run_dir / "config.yaml")
+    config = parser.parse_path(options.run_dir / CONFIG)
     config.run_dir = options.run_dir
     config.trainer.accelerator = options.accelerator
-    job = make_job(parser, config)
+    job = make_job(parser, config, signals)
     return evaluate_run(replace(job, evaluation=evaluation) if evaluation.perplexity else job)
 
 
 def quieten() -> None:
-    """Keep libraries from talking over the progress line; their errors still show."""
+    """Keep libraries from talking over the progress line; their errors, and this package's warnings, still show."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
     for name in ("lightning.pytorch", "transformers", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
     from transformers.utils import logging as transformers_logging
@@ -273,11 +322,26 @@ def quieten() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; a user's mistake ends in one line on stderr and exit code 2."""
+    """Run the command line.
+
+    Returns:
+        The exit code: 2 for a user's mistake and 1 for a model that fails its audit, each behind one line on stderr;
+        128 + the signal's number where one ended the run.
+    """
     quieten()
-    try:
-        run(arguments)
-    except (UserError, ArgumentError, OSError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 2
+    with Signals() as signals:
+        try:
+            run(sys.argv[1:] if arguments is None else arguments, signals)
+        except (Interrupted, SIGTERMException):
+            assert signals.received is not None
+            if signals.received == signal.SIGUSR1:
+                requeue()
+            print("interrupted; the same command goes on from here", file=sys.stderr)
+            return Interrupted(signals.received).exit_code
+        except AuditError as error:
+            print(f"error: {one_line(error)}; nothing was published", file=sys.stderr)
+            return 1
+        except (UserError, ArgumentError, OSError) as error:
+            print(f"error: {one_line(error)}", file=sys.stderr)
+            return 2
     return 0

@@ -70,6 +70,7 @@ def fit_arguments(text_file) -> Callable[..., list[str]]:
 
     def arguments(checkpoint: Path, run_dir: Path, *more: str) -> list[str]:
         return [
+            "--trust_classes_from=tests",
             "fit",
             f"--config={ROOT / 'configs' / 'base.yaml'}",
             f"--checkpoint={checkpoint}",

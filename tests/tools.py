@@ -74,6 +74,20 @@ class Interrupt(WalkCallback):
         self._reach("on_walk_end", -1)
 
 
+class CutOff(WalkCallback):
+    """Ends the run behind as many training steps as are left, and counts them."""
+
+    steps_left: ClassVar[int | None] = None
+    steps_made: ClassVar[int] = 0
+
+    def on_train_batch_end(self, *event: object) -> None:
+        CutOff.steps_made += 1
+        if CutOff.steps_left is not None:
+            CutOff.steps_left -= 1
+            if CutOff.steps_left == 0:
+                raise Interrupted("behind a step")
+
+
 class Watch(WalkCallback):
     """Keeps the streams around every block, what was learned in it, and what it became."""
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from bisup_lightning.model.block import is_clip, theta_parameters
 from bisup_lightning.model.blockwise import Positions, run_layer
@@ -55,38 +56,84 @@ class BlockCalibration(LightningModule):
         positions: Where the tokens stand.
         kv: Prompt in front, the rest quantized.
         optimization: Optimizer and schedule.
-        lr_scale: Factor on every learning rate.
+        steps: Optimizer steps in all. The Trainer's own estimate won't do: asking for it sets the loader up before a
+            checkpoint could tell it where to go on.
+        attempt: Which try this is: a first one, or one at a tenth of every learning rate after that diverged.
+        micro_batch: Sequences to compute at a time; gradients add up over a batch. None for the whole batch.
     """
 
     def __init__(
-        self, layer: nn.Module, positions: Positions, kv: BlockKV, optimization: Optimization, lr_scale: float = 1.0
+        self,
+        layer: nn.Module,
+        positions: Positions,
+        kv: BlockKV,
+        optimization: Optimization,
+        steps: int,
+        attempt: int = 0,
+        micro_batch: int | None = None,
     ) -> None:
         super().__init__()
         self.layer = layer
         self.positions, self.kv = positions, kv
-        self.optimization, self.lr_scale = optimization, lr_scale
+        self.optimization, self.steps = optimization, steps
+        self.attempt, self.micro_batch = attempt, micro_batch
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Mean square error in float32 of one batch (x_q, target), [B, T, D] each."""
+        """Mean square error in float32 of one batch (x_q, target), [B, T, D] each, or of its last micro-batch.
+
+        The gradients of the micro-batches before that are added here, so that no more than one is ever in memory.
+        """
         x_BTD, target_BTD = batch
-        y_BTD = run_layer(self.layer, x_BTD, self.positions, self.kv)
-        loss = F.mse_loss(y_BTD.float(), target_BTD.float())
-        self.log("loss", loss, on_step=False, on_epoch=True, batch_size=len(x_BTD))
+        size = self.micro_batch or len(x_BTD)
+        parts = list(zip(x_BTD.split(size), target_BTD.split(size), strict=True))
+        loss, total = x_BTD.new_zeros(()), x_BTD.new_zeros((), dtype=torch.float32)
+        for place, (x_bTD, target_bTD) in enumerate(parts):
+            y_bTD = run_layer(self.layer, x_bTD, self.positions, self.kv)
+            loss = F.mse_loss(y_bTD.float(), target_bTD.float()) * (len(x_bTD) / len(x_BTD))
+            total = total + loss.detach()
+            if place < len(parts) - 1:
+                loss.backward()
+        self.log("loss", total, on_step=False, on_epoch=True, batch_size=len(x_BTD))
         return loss
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Keep the clip values positive."""
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Begin with no gradients."""
+        self.zero_grad()
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
+        """Keep, where Lightning would drop them, the gradients that `training_step` has added."""
+
+    def optimizer_step(self, *arguments: Any, **more: Any) -> None:
+        """Step, and keep the clip values positive."""
+        super().optimizer_step(*arguments, **more)
         with torch.no_grad():
             for name, parameter in self.layer.named_parameters():
                 if is_clip(name):
                     parameter.clamp_(min=MIN_CLIP)
+
+    def on_train_epoch_end(self) -> None:
+        """Go no further once the loss is not finite. Read once an epoch, as reading makes the device wait."""
+        if not math.isfinite(self.trainer.callback_metrics["loss"].item()):
+            self.trainer.should_stop = True
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the random generators: nothing here draws, but a user's callback may."""
+        checkpoint["rng"] = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            checkpoint["rng"]["cuda"] = torch.cuda.get_rng_state(self.device)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore them."""
+        torch.set_rng_state(checkpoint["rng"]["cpu"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(checkpoint["rng"]["cuda"], self.device)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW with one parameter group for each kind of tensor in Θ."""
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for name, parameter in theta_parameters(self.layer).items():
             decay = self.optimization.weight_decay if "low_rank" in name else 0.0
-            groups.setdefault((self.optimization.rate(name) * self.lr_scale, decay), []).append(parameter)
+            groups.setdefault((self.optimization.rate(name) * 0.1**self.attempt, decay), []).append(parameter)
         # Block losses can be as small as 1e-7: Adam's usual eps would then outweigh the gradients.
         optimizer = torch.optim.AdamW(
             [{"params": members, "lr": lr, "weight_decay": decay} for (lr, decay), members in groups.items()],
@@ -95,6 +142,5 @@ class BlockCalibration(LightningModule):
         )
         if self.optimization.schedule == "constant":
             return {"optimizer": optimizer}
-        steps = int(self.trainer.estimated_stepping_batches)
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=self.steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -1,5 +1,6 @@
 """The walk over the blocks: Algorithm A1 of the paper, one block in memory at a time."""
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,11 +10,13 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 
 from bisup_lightning.calibrate.events import WalkCallback
-from bisup_lightning.calibrate.run_store import RunStore
+from bisup_lightning.calibrate.run_store import Partial, Progress, RunStore
+from bisup_lightning.calibrate.signals import Signals
 from bisup_lightning.calibrate.solvers import Block, Solver
 from bisup_lightning.data.layer_inputs import LayerInputs
+from bisup_lightning.errors import UserError
 from bisup_lightning.model.block import fuse_layer, stored_tensors
-from bisup_lightning.model.blockwise import PROMPT, BlockwiseModel, run_layer
+from bisup_lightning.model.blockwise import PROMPT, BlockwiseModel, Positions, run_layer
 from bisup_lightning.model.family import layer_prefix
 from bisup_lightning.model.kv import BlockKV, KeyValue, KVQuantizer, PromptKV
 from bisup_lightning.model.statistics import InputStatistics
@@ -34,6 +37,7 @@ class BlockResult:
         loss_final: Mean square error of the fused block.
         relative_mse: `loss_final` over the mean square of the full-precision output.
         kept_start: Whether learning found nothing better than the start.
+        micro_batch: Sequences that were computed at a time; fewer than in a batch where the device ran out of memory.
         seconds: Time from reading the block to both streams standing behind it.
     """
 
@@ -43,6 +47,7 @@ class BlockResult:
     loss_final: float
     relative_mse: float
     kept_start: bool
+    micro_batch: int
     seconds: float
 
     def metrics(self) -> dict[str, float | int | bool]:
@@ -54,6 +59,7 @@ class BlockResult:
             "mse": self.loss_final,
             "relative_mse": self.relative_mse,
             "kept_start": self.kept_start,
+            "micro_batch": self.micro_batch,
             "seconds": self.seconds,
         }
 
@@ -72,6 +78,7 @@ class BlockWalk:
         seed: Seed of all that is drawn.
         callbacks: What else happens, and when.
         make_trainer: Makes a fresh Trainer from a block's index and a number of epochs.
+        signals: What may ask the walk to end.
     """
 
     def __init__(
@@ -86,12 +93,14 @@ class BlockWalk:
         seed: int,
         callbacks: Sequence[Callback],
         make_trainer: MakeTrainer,
+        signals: Signals,
     ) -> None:
         self.model, self.transform, self.scheme = model, transform, scheme
         self.solver, self.store = solver, store
         self.batch_size, self.seed = batch_size, seed
         self.prompt_ids = list(prompt_ids)
-        self.callbacks, self.make_trainer = callbacks, make_trainer
+        self.callbacks, self.make_trainer, self.signals = callbacks, make_trainer, signals
+        self.partial: Partial | None = None
         self.inputs: LayerInputs
         self.prompt_1PD: Tensor
         self.next_block = 0
@@ -103,10 +112,30 @@ class BlockWalk:
 
     def begin(self, tokens_NT: Tensor) -> None:
         """Stand before the first block: both streams are the embedded tokens."""
-        self.resume(0, self.model.embed(tokens_NT), None, self.model.embed(torch.tensor([self.prompt_ids]).long()))
+        x_NTD = self.model.embed(tokens_NT)
+        if not x_NTD.isfinite().all():
+            raise UserError("checkpoint: the embedding of the calibration text is not finite")
+        self._stand(0, x_NTD, None, self.model.embed(torch.tensor([self.prompt_ids]).long()))
 
-    def resume(self, next_block: int, x_fp: Tensor, x_q: Tensor | None, prompt_1PD: Tensor) -> None:
-        """Stand before any block, with the streams [N, T, D] and the prompt's hidden states [1, P, D] there."""
+    def resume(self, tokens_NT: Tensor, progress: Progress) -> None:
+        """Stand behind the last finished block, where an interrupted run stopped.
+
+        From the streams that were saved last, or from the embedded tokens, both streams pass through the finished
+        blocks: forward passes alone, which end in the very numbers that the first run had.
+        """
+        if progress.streams is None:
+            self.begin(tokens_NT)
+        else:
+            streams = progress.streams
+            self._stand(progress.streams_at, streams["x_fp"], streams["x_q"], streams["prompt"])
+        for metrics in progress.metrics[self.next_block :]:
+            self.inputs.micro_batch = min(self.inputs.micro_batch, metrics["micro_batch"])
+            self._replay(self.next_block)
+            self.next_block += 1
+        self.partial = progress.partial
+
+    def _stand(self, next_block: int, x_fp: Tensor, x_q: Tensor | None, prompt_1PD: Tensor) -> None:
+        """Stand before a block, with the streams [N, T, D] and the prompt's hidden states [1, P, D] there."""
         # The streams live where blocks compute if all three copies of a step fit with room to spare, else on the host.
         room = torch.cuda.mem_get_info(self.model.device)[0] if self.model.device.type == "cuda" else 0
         home = self.model.device if 6 * x_fp.nbytes < room else torch.device("cpu")
@@ -114,6 +143,21 @@ class BlockWalk:
         x_q = x_fp.clone() if x_q is None else x_q.to(home)
         self.inputs = LayerInputs(x_fp, x_q, self.model.device, self.batch_size)
         self.prompt_1PD, self.next_block = prompt_1PD, next_block
+
+    def _replay(self, index: int) -> None:
+        """Advance both streams behind a finished block."""
+        positions = self._positions(index)
+        _, prompt = self._advance_fp(index, self.model.layer(index), positions)
+        prefix, stored = layer_prefix(index), self.store.read_block(index)
+        tensors = {
+            name.removeprefix(prefix): tensor.to(self.model.device)
+            for name, tensor in stored.items()
+            if name.startswith(prefix)
+        }
+        layer = self.model.packed_layer(index, tensors, self.scheme)
+        kv = BlockKV(KVQuantizer.of(self.scheme), prompt)
+        outputs, _ = self.inputs.outputs_q(lambda hidden_BTD: run_layer(layer, hidden_BTD, positions, kv))
+        self.inputs.advance_q(outputs)
 
     def run(self) -> None:
         """Walk from where it stands to the last block."""
@@ -129,15 +173,11 @@ class BlockWalk:
     def calibrate(self, index: int) -> BlockResult:
         """Solve one block and advance both streams behind it."""
         started = time.perf_counter()
-        length, prompt_length = self.inputs.fp.shape[1], len(self.prompt_ids)
-        tensors = self.model.layer_tensors(index)
-        positions = self.model.positions(index, length, prompt_length)
-
-        fp_layer = self.model.layer(index, tensors)
-        prompt = self._advance_prompt(index, fp_layer)
-        fp_kv = BlockKV(None, prompt)
-        statistics = InputStatistics(fp_layer)
-        self.inputs.advance_fp(lambda hidden_BTD: run_layer(fp_layer, hidden_BTD, positions, fp_kv))
+        tensors, positions = self.model.layer_tensors(index), self._positions(index)
+        statistics, prompt = self._advance_fp(index, self.model.layer(index, tensors), positions)
+        scale = self.inputs.mean_square_target()
+        if not math.isfinite(scale):
+            raise UserError(f"checkpoint: the full-precision output of block {index} is not finite")
 
         block = Block(
             index=index,
@@ -153,6 +193,7 @@ class BlockWalk:
             orders=self.transform.orders(statistics),
             seed=1_000_003 * self.seed + 1009 * index,
             make_trainer=lambda epochs: self.make_trainer(index, epochs),
+            partial=self.partial if self.partial is not None and self.partial.index == index else None,
         )
         start = fuse_layer(block.start())
         outputs, self.loss_initial = self.inputs.outputs_q(block.run(start))
@@ -168,10 +209,23 @@ class BlockWalk:
             tensors=self._stored(index, layer, prompt),
             loss_initial=self.loss_initial,
             loss_final=loss,
-            relative_mse=loss / self.inputs.mean_square_target(),
+            relative_mse=loss / scale,
             kept_start=layer is start,
+            micro_batch=self.inputs.micro_batch,
             seconds=time.perf_counter() - started,
         )
+
+    def _positions(self, index: int) -> Positions:
+        return self.model.positions(index, self.inputs.fp.shape[1], len(self.prompt_ids))
+
+    def _advance_fp(
+        self, index: int, fp_layer: nn.Module, positions: Positions
+    ) -> tuple[InputStatistics, KeyValue | None]:
+        """Turn x_fp into the block's full-precision output; figures of its inputs, and the prompt's keys and values."""
+        prompt = self._advance_prompt(index, fp_layer)
+        statistics, kv = InputStatistics(fp_layer), BlockKV(None, prompt)
+        self.inputs.advance_fp(lambda hidden_BTD: run_layer(fp_layer, hidden_BTD, positions, kv))
+        return statistics, prompt
 
     def _advance_prompt(self, index: int, fp_layer: nn.Module) -> KeyValue | None:
         """The prompt's keys and values in a block, as they will be stored."""

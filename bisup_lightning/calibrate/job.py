@@ -5,7 +5,7 @@ import platform
 import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,17 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 import bisup_lightning
 from bisup_lightning.calibrate.driver import BlockWalk
 from bisup_lightning.calibrate.events import WalkCallback
-from bisup_lightning.calibrate.run_store import BLOCK, RunStore
+from bisup_lightning.calibrate.run_lock import RunLock
+from bisup_lightning.calibrate.run_store import METRICS, RESULTS, Progress, Resume, RunStore
+from bisup_lightning.calibrate.signals import Signals
 from bisup_lightning.calibrate.solvers import Solver
 from bisup_lightning.data import corpus
 from bisup_lightning.data.corpus import CalibrationData
 from bisup_lightning.data.prompt import Prompt
 from bisup_lightning.errors import UserError
 from bisup_lightning.evaluate.perplexity import Evaluation, evaluate
-from bisup_lightning.files import sha256, write_json
-from bisup_lightning.hub.quantizer import BisupConfig
+from bisup_lightning.files import sha256
+from bisup_lightning.hub.audit import open_quantized
 from bisup_lightning.hub.save import save_model
 from bisup_lightning.model.block import check_scheme
 from bisup_lightning.model.blockwise import BlockwiseModel
@@ -36,7 +38,6 @@ from bisup_lightning.quant.spec import Precision, Scheme
 from bisup_lightning.transform.invariance import check_invariance
 from bisup_lightning.transform.transform import Transform
 
-RESULTS = "results.json"
 TOKENIZER_FILES = ("tokenizer*", "vocab.*", "merges.txt", "chat_template.*", "special_tokens_map.json")
 
 
@@ -59,6 +60,8 @@ class Job:
         device: Where blocks compute.
         settings: The resolved configuration as far as the result depends on it, by key.
         config_yaml: The whole resolved configuration.
+        resume: Whether to go on with what the run directory holds.
+        signals: What may ask the run to end.
     """
 
     checkpoint: str
@@ -75,6 +78,8 @@ class Job:
     device: torch.device
     settings: Mapping[str, Any]
     config_yaml: str
+    resume: Resume = "auto"
+    signals: Signals = field(default_factory=Signals)
 
 
 def evaluation_dtype(fp: BlockwiseModel) -> torch.dtype:
@@ -91,21 +96,75 @@ def fit(job: Job) -> dict[str, Any]:
 
     Raises:
         UserError: If something that the user gave can't be used.
+        Interrupted: If a signal asked the run to end.
     """
     plain, tokenizer = open_checkpoint(job.checkpoint, job.device)
     prompt_ids = job.prompt.ids(tokenizer, plain.family.config)
+    check_vocabulary(torch.tensor(prompt_ids), plain)
     scheme = job.transform.scheme(job.precision)
     check(job, plain, scheme)
     store = RunStore(job.run_dir)
-    progress = store.open(fingerprint(job, plain))
-    if progress.finished:
-        return read_results(job.run_dir)
+    with RunLock(job.run_dir) as lock:
+        progress = store.open(fingerprint(job, plain), job.resume)
+        if progress.finished:
+            return read_results(job.run_dir)
 
-    # Before the work, so that a mistake in a text shows at once.
-    sets = evaluation_sets(job.evaluation, job.data.seq_len, job.seed, plain, tokenizer)
-    folder, transformed = plain.checkpoint.folder, job.transform.checkpoint(plain.checkpoint, plain.family, job.device)
-    walk = BlockWalk(
-        model=BlockwiseModel(folder, job.device, checkpoint=transformed),
+        # Before the work, so that a mistake in a text or a model shows at once.
+        sets = evaluation_sets(job.evaluation, job.data.seq_len, job.seed, plain, tokenizer)
+        plain.head()
+        tokens_NT = progress.tokens_NT
+        if tokens_NT is None:
+            tokens_NT = calibration_tokens(job, plain.checkpoint.folder, tokenizer)
+            check_vocabulary(tokens_NT, plain)
+        probe_BT = tokens_NT[:1, :64]
+        transformed = transform(job, plain, None if progress.metrics else probe_BT)
+        lock.claim()
+        store.begin(job.config_yaml, tokens_NT)
+        if len(progress.metrics) < plain.num_layers:
+            walk(job, transformed, scheme, store, prompt_ids, tokens_NT, progress)
+        model = job.run_dir / "model"
+        if not progress.published:
+            save_model(model, transformed, store.block_digests(), scheme, prompt_ids, plain.dtype, probe_BT)
+            store.publish_model()
+        quantized = open_quantized(model, job.device)
+        perplexity = evaluate(plain, quantized, sets, prompt_ids, job.evaluation.batch_size)
+        store.finish(results(job, store, perplexity))
+    return read_results(job.run_dir)
+
+
+def transform(job: Job, plain: BlockwiseModel, probe_BT: torch.Tensor | None) -> BlockwiseModel:
+    """The full-precision model behind its transform.
+
+    Args:
+        job: What was asked for.
+        plain: The model as it is.
+        probe_BT: A few token ids [B, T] whose logits the transform must leave as they are; None if that is known.
+
+    Raises:
+        UserError: If it does not.
+    """
+    folder, checkpoint = plain.checkpoint.folder, plain.checkpoint
+    transformed = job.transform.checkpoint(checkpoint, plain.family, job.device)
+    if transformed is not checkpoint and probe_BT is not None:
+        exact, rotated = (
+            BlockwiseModel(folder, job.device, torch.float32, checkpoint=one) for one in (checkpoint, transformed)
+        )
+        check_invariance(exact, rotated, probe_BT)
+    return BlockwiseModel(folder, job.device, checkpoint=transformed)
+
+
+def walk(
+    job: Job,
+    model: BlockwiseModel,
+    scheme: Scheme,
+    store: RunStore,
+    prompt_ids: Sequence[int],
+    tokens_NT: torch.Tensor,
+    progress: Progress,
+) -> None:
+    """Calibrate the blocks that are left."""
+    block_walk = BlockWalk(
+        model=model,
         transform=job.transform,
         scheme=scheme,
         solver=job.solver,
@@ -115,32 +174,11 @@ def fit(job: Job) -> dict[str, Any]:
         seed=job.seed,
         callbacks=job.callbacks,
         make_trainer=job.make_trainer,
+        signals=job.signals,
     )
-    walk.prepare()
-    if progress.streams is None:
-        tokens_NT = calibration_tokens(job, folder, tokenizer)
-        check_vocabulary(tokens_NT, plain)
-        if transformed is not plain.checkpoint:
-            exact, rotated = (
-                BlockwiseModel(folder, job.device, torch.float32, checkpoint=checkpoint)
-                for checkpoint in (plain.checkpoint, transformed)
-            )
-            check_invariance(exact, rotated, tokens_NT[:1, :64])
-        store.begin(job.config_yaml)
-        walk.begin(tokens_NT)
-    else:
-        streams = progress.streams
-        walk.resume(len(progress.metrics), streams["x_fp"], streams["x_q"], streams["prompt"])
-    walk.run()
-
-    model = job.run_dir / "model"
-    blocks = [store.block_folder(index) / BLOCK for index in range(plain.num_layers)]
-    save_model(model, walk.model, blocks, scheme, prompt_ids, plain.dtype)
-    quantized = open_quantized(model, job.device)
-    perplexity = evaluate(plain, quantized, sets, prompt_ids, job.evaluation.batch_size)
-    write_json(job.run_dir / RESULTS, results(job, store, perplexity))
-    store.finish()
-    return read_results(job.run_dir)
+    block_walk.prepare()
+    block_walk.resume(tokens_NT, progress)
+    block_walk.run()
 
 
 def check(job: Job, plain: BlockwiseModel, scheme: Scheme) -> None:
@@ -180,12 +218,6 @@ def check_tokens(job: Job, fp: BlockwiseModel) -> None:
             )
 
 
-def open_quantized(folder: Path, device: torch.device) -> BlockwiseModel:
-    """A run's `model/` folder, to be computed block by block."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return BlockwiseModel(folder, device, scheme=BisupConfig(**config["quantization_config"]).read_scheme())
-
-
 def open_checkpoint(checkpoint: str, device: torch.device) -> tuple[BlockwiseModel, PreTrainedTokenizerBase]:
     """A full-precision checkpoint, to be computed block by block as it is measured, and its tokenizer.
 
@@ -196,7 +228,7 @@ def open_checkpoint(checkpoint: str, device: torch.device) -> tuple[BlockwiseMod
     fp = BlockwiseModel(folder, device)
     fp.dtype = evaluation_dtype(fp)
     try:
-        return fp, AutoTokenizer.from_pretrained(folder)
+        return fp, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # whatever a damaged file makes the library stumble over
         raise UserError(f"checkpoint: {folder} has no tokenizer that can be read: {error}") from error
 
@@ -233,7 +265,7 @@ def check_vocabulary(ids: torch.Tensor, fp: BlockwiseModel) -> None:
     Raises:
         UserError: If the tokenizer belongs to another vocabulary.
     """
-    if int(ids.max()) >= fp.family.vocab_size:
+    if ids.numel() and int(ids.max()) >= fp.family.vocab_size:
         raise UserError(
             f"checkpoint: the tokenizer in {fp.checkpoint.folder} gives token {int(ids.max())}, but the model knows "
             f"{fp.family.vocab_size}; they belong to different models"
@@ -255,10 +287,7 @@ def fingerprint(job: Job, fp: BlockwiseModel) -> dict[str, Any]:
 
 def results(job: Job, store: RunStore, perplexity: Mapping[str, Any]) -> dict[str, Any]:
     """The content of results.json."""
-    blocks = [
-        json.loads((store.block_folder(index) / "metrics.json").read_text(encoding="utf-8"))
-        for index in range(store.manifest["blocks"])
-    ]
+    blocks = [json.loads(path.with_name(METRICS).read_text(encoding="utf-8")) for path in store.block_digests()]
     seconds = sum(block["seconds"] for block in blocks)
     tokens = job.data.num_samples * job.data.seq_len * len(blocks)
     on_gpu = job.device.type == "cuda"
@@ -278,7 +307,7 @@ def results(job: Job, store: RunStore, perplexity: Mapping[str, Any]) -> dict[st
             "transformers": transformers.__version__,
             "python": platform.python_version(),
         },
-        "fingerprint": store.manifest["fingerprint"],
+        "fingerprint": store.fingerprint,
     }
 
 

@@ -1,32 +1,69 @@
-"""The run directory: finished blocks, the streams behind the last one, and the manifest that says what counts.
+"""The run directory: what is finished, what resuming needs, and the manifest that says what counts.
 
-Order of writing: block folder, streams, manifest; each appears by rename. What the manifest does not name, does not
-count.
+A file is whole or absent, the manifest is written last and holds each file's SHA-256. What the manifest does not name
+does not count; what it names and is gone or damaged is made again from what is left.
 """
 
+import hashlib
 import json
-import os
+import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
 
 from safetensors.torch import load_file
 from torch import Tensor
 
 from bisup_lightning.errors import UserError
-from bisup_lightning.files import sha256, write_json, write_tensors, write_text
+from bisup_lightning.files import publish, replacing, sha256, sync, write_json, write_tensors, write_text
 
-MANIFEST, BLOCK, METRICS = "manifest.json", "block.safetensors", "metrics.json"
+MANIFEST, CONFIG, RESULTS, TOKENS = "manifest.json", "config.yaml", "results.json", "tokens.safetensors"
+BLOCK, METRICS = "block.safetensors", "metrics.json"
+FOLDERS = ("blocks", "streams", "partial", "model")
+
+Resume = Literal["auto", "never", "must"]
+log = logging.getLogger(__name__)
 
 
-@dataclass
+@dataclass(frozen=True)
+class Partial:
+    """A checkpoint inside a block.
+
+    Args:
+        index: The block.
+        attempt: Which try at training it belongs to, from 0.
+        path: Lightning's checkpoint.
+    """
+
+    index: int
+    attempt: int
+    path: Path
+
+
+@dataclass(frozen=True)
 class Progress:
-    """How far a run got: its finished blocks' metrics, the streams behind the last, and whether all is done."""
+    """How far a run got.
+
+    Args:
+        metrics: Figures of the finished blocks, in order.
+        tokens_NT: The calibration text, or None if it must be made.
+        streams: Both streams and the prompt's hidden states behind the first `streams_at` blocks; None for the
+            embedded text behind none.
+        streams_at: See `streams`.
+        partial: Where the next block's training stopped, if it was saved.
+        published: Whether `model/` is complete.
+        finished: Whether all is done.
+    """
 
     metrics: list[dict[str, Any]]
+    tokens_NT: Tensor | None
     streams: dict[str, Tensor] | None
+    streams_at: int
+    partial: Partial | None
+    published: bool
     finished: bool
 
 
@@ -39,38 +76,60 @@ class RunStore:
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
-        self.manifest: dict[str, Any] = {"fingerprint": {}, "files": {}, "blocks": 0, "finished": False}
+        self.files: dict[str, str] = {}  # SHA-256 by relative path
+        self.fingerprint: dict[str, Any] = {}
 
-    def open(self, fingerprint: Mapping[str, Any]) -> Progress:
-        """Continue what is there, or begin.
+    # --- reading ---
+
+    def open(self, fingerprint: Mapping[str, Any], resume: Resume = "auto") -> Progress:
+        """Find out how far a run got. Writes nothing.
 
         Args:
             fingerprint: All that the result depends on, by name.
+            resume: `auto` goes on with what is there or begins; `never` wants a new or empty directory; `must` wants
+                something to go on with.
 
         Raises:
-            UserError: If the directory holds something else, another run, or a damaged one.
+            UserError: If the directory holds something else, another run, or does not suit `resume`.
         """
-        path = self.run_dir / MANIFEST
-        if not path.is_file():
-            if self.run_dir.exists() and not self._is_blank():
-                raise UserError(f"run_dir: {self.run_dir} is not empty and holds no run; name another directory")
-            self.manifest["fingerprint"] = dict(fingerprint)
-            return Progress([], None, False)
-        try:
-            self.manifest = json.loads(path.read_text(encoding="utf-8"))
-            recorded, finished = self.manifest["fingerprint"], self.manifest["finished"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"run_dir: {path} is damaged; name another directory") from error
+        self.fingerprint = dict(fingerprint)
+        if not (self.run_dir / MANIFEST).is_file():
+            if resume == "must":
+                raise UserError(f"resume: {self.run_dir} holds no run to go on with; drop --resume must to begin one")
+            self.check_blank()
+            return Progress([], None, None, 0, None, False, False)
+        if resume == "never":
+            raise UserError(f"resume: {self.run_dir} holds a run already; name a new run_dir, or drop --resume never")
+        recorded, self.files = self._read_manifest()
         self._refuse_difference(recorded, fingerprint)
-        self._verify()
-        count = self.manifest["blocks"]
-        metrics = [json.loads((self.block_folder(index) / METRICS).read_text()) for index in range(count)]
-        streams = None if finished or not count else load_file(self.streams_file(count - 1))
-        return Progress(metrics, streams, finished)
+        return self._survey()
 
-    def _is_blank(self) -> bool:
-        """Whether nothing but the beginnings of a first write lies here."""
-        return self.run_dir.is_dir() and all(path.suffix == ".tmp" for path in self.run_dir.iterdir())
+    def check_blank(self) -> None:
+        """Refuse a directory that holds anything but the beginnings of a first write.
+
+        Raises:
+            UserError: Naming it.
+        """
+        beginnings = (CONFIG, TOKENS, "owner.json")
+        if self.run_dir.exists() and not (
+            self.run_dir.is_dir()
+            and all(path.name in beginnings or path.suffix == ".tmp" for path in self.run_dir.iterdir())
+        ):
+            raise UserError(f"run_dir: {self.run_dir} is not empty and holds no run; name another directory")
+
+    def _read_manifest(self) -> tuple[dict[str, Any], dict[str, str]]:
+        path = self.run_dir / MANIFEST
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+            fingerprint, files = dict(manifest["fingerprint"]), dict(manifest["files"])
+            if manifest["sha256"] != _digest(fingerprint, files):
+                raise ValueError("its own SHA-256 does not fit")
+            for name in files:
+                if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+                    raise ValueError(f"it names {name}, which lies outside of the directory")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UserError(f"run_dir: {path} is damaged ({error}); name another directory") from error
+        return fingerprint, files
 
     def _refuse_difference(self, recorded: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> None:
         changed = [key for key in {**recorded, **fingerprint} if recorded.get(key) != fingerprint.get(key)]
@@ -80,60 +139,167 @@ class RunStore:
                 f"run_dir: {self.run_dir} holds a run that differs in {differences}; name another directory"
             )
 
-    def _verify(self) -> None:
-        for name, digest in self.manifest["files"].items():
-            path = self.run_dir / name
-            if not path.is_file() or sha256(path) != digest:
-                raise UserError(f"run_dir: {path} is missing or damaged; name another directory")
+    def _survey(self) -> Progress:
+        """What of the named files is whole, and how far that reaches. The rest is forgotten."""
+        whole = {name for name, digest in self.files.items() if self._is_whole(name, digest)}
+        if lost := sorted(self.files.keys() - whole):
+            log.warning(f"run_dir: {self.run_dir / lost[0]} is missing or damaged; making it again ({len(lost)} lost)")
+        model = {name for name in self.files if name.startswith("model/")}
+        published, finished = bool(model) and model <= whole, RESULTS in whole
+        blocks = 0
+        while {f"blocks/{blocks:05d}/{name}" for name in (BLOCK, METRICS)} <= whole:
+            blocks += 1
+        metrics = [json.loads(self._text(f"blocks/{index:05d}/{METRICS}")) for index in range(blocks)]
+        streams_at = max((_number(name) for name in whole if name.startswith("streams/")), default=0)
+        streams_at = streams_at if streams_at <= blocks else 0
+        # Of a damaged block on, all is made anew: what follows was calibrated behind it.
+        keep = {CONFIG, TOKENS, RESULTS} | {name for name in whole if published and name.startswith("model/")}
+        keep |= {f"blocks/{index:05d}/{name}" for index in range(blocks) for name in (BLOCK, METRICS)}
+        keep |= {self._streams_name(streams_at)} | {n for n in whole if n.startswith(f"partial/{blocks:05d}-")}
+        self.files = {name: digest for name, digest in self.files.items() if name in whole & keep}
+        return Progress(
+            metrics=metrics,
+            tokens_NT=load_file(self.run_dir / TOKENS)["calibration"] if TOKENS in self.files else None,
+            streams=load_file(self.run_dir / self._streams_name(streams_at)) if streams_at else None,
+            streams_at=streams_at,
+            partial=self._partial(blocks),
+            published=published,
+            finished=finished and published,
+        )
 
-    def block_folder(self, index: int) -> Path:
-        """Where block `index` lies."""
-        return self.run_dir / "blocks" / f"{index:05d}"
+    def _is_whole(self, name: str, digest: str) -> bool:
+        path = self.run_dir / name
+        return path.is_file() and sha256(path) == digest
 
-    def streams_file(self, index: int) -> Path:
-        """Where the streams behind block `index` lie."""
-        return self.run_dir / "streams" / f"{index:05d}.safetensors"
+    def _text(self, name: str) -> str:
+        return (self.run_dir / name).read_text(encoding="utf-8")
 
-    def begin(self, config_yaml: str) -> None:
-        """Make the directory, claim it for this run, and write the resolved configuration."""
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        self._write_manifest()
-        write_text(self.run_dir / "config.yaml", config_yaml)
+    def _partial(self, index: int) -> Partial | None:
+        for name in self.files:
+            if name.startswith(f"partial/{index:05d}-"):
+                return Partial(index, int(PurePosixPath(name).stem.split("-")[1]), self.run_dir / name)
+        return None
 
-    def save_block(
-        self, index: int, tensors: Mapping[str, Tensor], metrics: Mapping[str, Any], streams: Mapping[str, Tensor]
-    ) -> None:
-        """Record a finished block; the streams before it are dropped last.
+    def block_file(self, index: int) -> Path:
+        """The tensors of finished block `index`."""
+        return self.run_dir / "blocks" / f"{index:05d}" / BLOCK
+
+    def read_block(self, index: int) -> dict[str, Tensor]:
+        """Those tensors, by full name."""
+        return load_file(self.block_file(index))
+
+    def block_digests(self) -> dict[Path, str]:
+        """SHA-256 of every finished block's tensors, by file, in order."""
+        digests, index = {}, 0
+        while (name := f"blocks/{index:05d}/{BLOCK}") in self.files:
+            digests[self.run_dir / name] = self.files[name]
+            index += 1
+        return digests
+
+    @staticmethod
+    def _streams_name(blocks: int) -> str:
+        """Where the streams behind the first `blocks` blocks lie."""
+        return f"streams/{blocks:05d}.safetensors"
+
+    # --- writing ---
+
+    def begin(self, config_yaml: str, tokens_NT: Tensor) -> None:
+        """Claim the directory for this run: the resolved configuration, the calibration text, the manifest.
+
+        On a run that goes on, drops what does not count.
+        """
+        for folder in FOLDERS:
+            for path in (self.run_dir / folder).glob("*"):
+                if not any(name.startswith(f"{folder}/{path.name}") for name in self.files):
+                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        with self._recording() as files:
+            if CONFIG not in files:
+                write_text(self.run_dir / CONFIG, config_yaml)
+            if TOKENS not in files:
+                write_tensors(self.run_dir / TOKENS, {"calibration": tokens_NT})
+            self._add(files, CONFIG, TOKENS)
+
+    def save_partial(self, index: int, attempt: int, step: int, write: Callable[[Path], None]) -> None:
+        """Record a checkpoint inside a block; the one before it is dropped.
+
+        Args:
+            index: The block.
+            attempt: Which try at training this is.
+            step: Optimizer steps that the try has made.
+            write: Writes the checkpoint at a path.
 
         Raises:
-            OSError: If something can't be written; the directory is as it was.
+            OSError: If something can't be written; what was saved before still counts.
         """
-        folder = self.block_folder(index)
+        name = f"partial/{index:05d}-{attempt}-{step:06d}.ckpt"
+        (self.run_dir / name).parent.mkdir(exist_ok=True)
+        with self._recording("partial/") as files:
+            with replacing(self.run_dir / name) as temporary:
+                write(temporary)
+            self._add(files, name)
+
+    def save_block(
+        self,
+        index: int,
+        tensors: Mapping[str, Tensor],
+        metrics: Mapping[str, Any],
+        streams: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Record a finished block, and the streams behind it if they are given; what they replace is dropped last.
+
+        Raises:
+            OSError: If something can't be written; what was saved before still counts.
+        """
+        name, streams_name = f"blocks/{index:05d}", self._streams_name(index + 1)
+        folder = self.run_dir / name
         temporary = folder.with_name(folder.name + ".tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
+        for leftover in (temporary, folder):  # of a try that the manifest did not live to see
+            shutil.rmtree(leftover, ignore_errors=True)
         temporary.mkdir(parents=True)
-        write_tensors(temporary / BLOCK, tensors)
-        write_json(temporary / METRICS, metrics)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
-        self.streams_file(index).parent.mkdir(exist_ok=True)
-        write_tensors(self.streams_file(index), streams)
-        files = {name: digest for name, digest in self.manifest["files"].items() if not name.startswith("streams/")}
-        for path in (folder / BLOCK, folder / METRICS, self.streams_file(index)):
-            files[str(path.relative_to(self.run_dir))] = sha256(path)
-        self._write_manifest(files=files, blocks=index + 1)
-        if index:
-            self.streams_file(index - 1).unlink(missing_ok=True)
+        with self._recording("partial/", *(["streams/"] if streams is not None else [])) as files:
+            write_tensors(temporary / BLOCK, tensors)
+            write_json(temporary / METRICS, metrics)
+            sync(temporary)
+            publish(temporary, folder)
+            self._add(files, f"{name}/{BLOCK}", f"{name}/{METRICS}")
+            if streams is not None:
+                (self.run_dir / streams_name).parent.mkdir(exist_ok=True)
+                write_tensors(self.run_dir / streams_name, streams)
+                self._add(files, streams_name)
 
-    def finish(self) -> None:
-        """Record that the model and the results are complete; the streams have served."""
-        files = {name: digest for name, digest in self.manifest["files"].items() if not name.startswith("streams/")}
-        for path in sorted((self.run_dir / "model").iterdir()):
-            files[str(path.relative_to(self.run_dir))] = sha256(path)
-        self._write_manifest(files=files, finished=True)
-        shutil.rmtree(self.run_dir / "streams", ignore_errors=True)
+    def publish_model(self) -> None:
+        """Record that `model/` is complete."""
+        with self._recording("model/") as files:
+            self._add(files, *(f"model/{path.name}" for path in sorted((self.run_dir / "model").iterdir())))
 
-    def _write_manifest(self, **changes: Any) -> None:
-        manifest = {**self.manifest, **changes}
+    def finish(self, results: Mapping[str, Any]) -> None:
+        """Record the results; what only resuming needs is dropped."""
+        with self._recording("streams/", "partial/") as files:
+            write_json(self.run_dir / RESULTS, results)
+            self._add(files, RESULTS)
+        for folder in ("streams", "partial"):
+            shutil.rmtree(self.run_dir / folder, ignore_errors=True)
+
+    @contextmanager
+    def _recording(self, *replaced: str) -> Iterator[dict[str, str]]:
+        """The named files, to be added to; then the manifest is written, then those beginning so before are dropped."""
+        files = {name: digest for name, digest in self.files.items() if not name.startswith(replaced)}
+        yield files
+        manifest = {"fingerprint": self.fingerprint, "files": files, "sha256": _digest(self.fingerprint, files)}
         write_json(self.run_dir / MANIFEST, manifest)
-        self.manifest = manifest
+        dropped, self.files = self.files.keys() - files.keys(), files
+        for name in dropped:
+            (self.run_dir / name).unlink(missing_ok=True)
+
+    def _add(self, files: dict[str, str], *names: str) -> None:
+        for name in names:
+            files[name] = sha256(self.run_dir / name)
+
+
+def _number(name: str) -> int:
+    return int(PurePosixPath(name).stem)
+
+
+def _digest(fingerprint: Mapping[str, Any], files: Mapping[str, str]) -> str:
+    content = json.dumps([fingerprint, files], sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(content.encode()).hexdigest()

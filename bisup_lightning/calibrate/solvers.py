@@ -10,6 +10,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from bisup_lightning.calibrate.block_calibration import BlockCalibration, Optimization
+from bisup_lightning.calibrate.run_store import Partial
 from bisup_lightning.data.datamodule import BlockDataModule
 from bisup_lightning.data.layer_inputs import LayerInputs, Run
 from bisup_lightning.model.block import Theta, add_theta, fuse_layer, is_fused, quantize_layer
@@ -21,6 +22,8 @@ from bisup_lightning.model.statistics import InputStatistics
 from bisup_lightning.quant import gptq
 from bisup_lightning.quant.gptq import accumulate_hessian
 from bisup_lightning.quant.spec import Scheme
+
+ATTEMPTS = 2  # at training a block before it keeps its start
 
 
 @dataclass
@@ -41,6 +44,7 @@ class Block:
         orders: Order of the channels of each linear input, by its name, where the transform has one.
         seed: Seed of all that is drawn for this block.
         make_trainer: Makes a fresh Trainer for a number of epochs.
+        partial: Where an interrupted training of this block stopped, if it was saved.
     """
 
     index: int
@@ -56,6 +60,7 @@ class Block:
     orders: Mapping[str, Tensor]
     seed: int
     make_trainer: Callable[[int], Trainer]
+    partial: Partial | None = None
 
     def start(self) -> nn.Module:
         """The block with rounding and grid-searched clips: where every solver starts."""
@@ -120,18 +125,34 @@ class BiSup(Solver):
 
     def solve(self, block: Block) -> nn.Module | None:
         """Learn Θ; once more at a tenth of the learning rate if the loss is not finite; give up after that."""
-        for lr_scale in (1.0, 0.1):
-            layer = block.start()
-            generator = torch.Generator().manual_seed(block.seed)
-            add_theta(layer, self.theta, generator, block.statistics.absmax)
-            module = BlockCalibration(layer, block.positions, block.kv, self.optimization, lr_scale)
-            trainer = block.make_trainer(self.epochs)
-            trainer.fit(module, BlockDataModule(block.inputs, block.batch_size, block.seed))
-            if math.isfinite(trainer.callback_metrics["loss"].item()):
+        for attempt in range(block.partial.attempt if block.partial else 0, ATTEMPTS):
+            module, loss = self._train(block, attempt)
+            if math.isfinite(loss):
                 if not is_fused(module.layer):  # without the Fuse callback
                     fuse_layer(module.layer)
                 return module.layer.to(block.model.device)
         return None
+
+    def _train(self, block: Block, attempt: int) -> tuple[BlockCalibration, float]:
+        """A trained block and the mean loss of its last epoch; what does not fit is trained in micro-batches."""
+        saved = block.partial.path if block.partial and block.partial.attempt == attempt else None
+        while True:
+            layer = block.start()
+            generator = torch.Generator().manual_seed(block.seed)
+            add_theta(layer, self.theta, generator, block.statistics.absmax)
+            micro_batch = min(block.batch_size, block.inputs.micro_batch)
+            batches = BlockDataModule(block.inputs, block.batch_size, block.seed)
+            steps = self.epochs * len(batches.batches)
+            module = BlockCalibration(layer, block.positions, block.kv, self.optimization, steps, attempt, micro_batch)
+            trainer = block.make_trainer(self.epochs)
+            try:
+                trainer.fit(module, batches, ckpt_path=saved, weights_only=True)
+            except torch.OutOfMemoryError as error:
+                out_of_memory = error.with_traceback(None)  # which would keep the failed step's tensors alive
+            else:
+                return module, trainer.callback_metrics["loss"].item()
+            del layer, module, batches, trainer
+            block.inputs.halve(out_of_memory)
 
 
 class GPTQ(Solver):
@@ -174,16 +195,20 @@ class GPTQ(Solver):
         return fuse_layer(layer)
 
     def _hessian(self, block: Block, layer: nn.Module, quantizer: nn.Module) -> Tensor:
+        seen: list[Tensor] = []
         hessian: list[Tensor] = []
+        handle = quantizer.register_forward_hook(lambda module, arguments, x_BTI: seen.append(x_BTI))
 
-        def add(module: nn.Module, arguments: object, x_BTI: Tensor) -> None:
-            x_TI = x_BTI.flatten(0, -2).float()
+        def run(hidden_BTD: Tensor) -> Tensor:
+            seen.clear()
+            output_BTD = block.run(layer)(hidden_BTD)
+            x_TI = seen[0].flatten(0, -2).float()
             if not hessian:
                 hessian.append(x_TI.new_zeros(x_TI.shape[1], x_TI.shape[1]))
-            accumulate_hessian(hessian[0], x_TI)
+            accumulate_hessian(hessian[0], x_TI)  # last: a pass that runs out of memory is taken again
+            return output_BTD
 
-        handle = quantizer.register_forward_hook(add)
-        block.inputs.for_each_q(block.run(layer))
+        block.inputs.for_each_q(run)
         handle.remove()
         return hessian[0]
 

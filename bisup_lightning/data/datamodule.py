@@ -5,13 +5,14 @@ from collections.abc import Iterator
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
 
 from bisup_lightning.data.layer_inputs import LayerInputs
 
 
-class BlockBatches(IterableDataset):
-    """Shuffled batches of one epoch after another; the order depends on the seed, the block and the epoch alone.
+class BlockBatches:
+    """A loader of shuffled batches, one epoch for each iteration; the order depends on seed and epoch alone.
+
+    Lightning saves and restores its state with a checkpoint, so that training goes on at the batch where it stopped.
 
     Args:
         inputs: The streams.
@@ -21,17 +22,27 @@ class BlockBatches(IterableDataset):
 
     def __init__(self, inputs: LayerInputs, batch_size: int, seed: int) -> None:
         self.inputs, self.batch_size, self.seed = inputs, batch_size, seed
-        self.epoch = 0
+        self.epoch, self.position = 0, 0  # of the next batch
 
     def __len__(self) -> int:
         return -(-self.inputs.q.shape[0] // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        if self.position == len(self):
+            self.epoch, self.position = self.epoch + 1, 0
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         order = torch.randperm(self.inputs.q.shape[0], generator=generator)
-        self.epoch += 1
-        for indices in order.to(self.inputs.q.device).split(self.batch_size):
+        for indices in order.to(self.inputs.q.device).split(self.batch_size)[self.position :]:
+            self.position += 1
             yield self.inputs.q[indices], self.inputs.fp[indices]
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the next batch stands."""
+        return {"epoch": self.epoch, "position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on there."""
+        self.epoch, self.position = state["epoch"], state["position"]
 
 
 class BlockDataModule(LightningDataModule):
@@ -47,6 +58,6 @@ class BlockDataModule(LightningDataModule):
         super().__init__()
         self.batches = BlockBatches(inputs, batch_size, seed)
 
-    def train_dataloader(self) -> DataLoader:
-        """One epoch of (x_q, target), [B, T, D] each."""
-        return DataLoader(self.batches, batch_size=None)
+    def train_dataloader(self) -> BlockBatches:
+        """Epochs of (x_q, target), [B, T, D] each."""
+        return self.batches

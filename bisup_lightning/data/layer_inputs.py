@@ -3,12 +3,16 @@
 Shape suffixes: N sequences, T tokens, D hidden size, B batch.
 """
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from bisup_lightning.errors import UserError
+
 Run = Callable[[Tensor], Tensor]
+log = logging.getLogger(__name__)
 
 
 class LayerInputs:
@@ -21,45 +25,80 @@ class LayerInputs:
         x_fp: Full-precision inputs.
         x_q: Inputs that the quantized predecessors gave.
         device: Where blocks compute.
-        batch_size: Sequences in one forward pass.
+        batch_size: Sequences to compute at a time.
+
+    Attributes:
+        micro_batch: Sequences that are really computed at a time: `batch_size`, or what is left of it after the device
+            ran out of memory.
     """
 
     def __init__(self, x_fp: Tensor, x_q: Tensor, device: torch.device, batch_size: int) -> None:
         self.fp, self.q = x_fp, x_q
-        self.device, self.batch_size = device, batch_size
+        self.device, self.micro_batch = device, batch_size
 
     @property
     def num_tokens(self) -> int:
         """N · T."""
         return self.fp.shape[0] * self.fp.shape[1]
 
-    def _batches(self) -> Iterator[slice]:
-        for start in range(0, self.fp.shape[0], self.batch_size):
-            yield slice(start, start + self.batch_size)
+    def halve(self, error: torch.OutOfMemoryError) -> None:
+        """Compute half as many sequences at a time from now on, which changes no result but takes longer.
+
+        Raises:
+            UserError: If it is one sequence already.
+        """
+        if self.micro_batch == 1:
+            raise UserError(
+                "data.seq_len: the device is too small for even one sequence of a block; give a smaller data.seq_len"
+            ) from error
+        log.warning(f"out of device memory with {self.micro_batch} sequences at a time; going on with half of them")
+        self.micro_batch = -(-self.micro_batch // 2)
+        torch.cuda.empty_cache()
+
+    def _for_each(self, step: Callable[[slice], None]) -> None:
+        """Take a step for every micro-batch; one that does not fit is taken again in halves."""
+        start = 0
+        while start < len(self.fp):
+            try:
+                batch = slice(start, start + self.micro_batch)
+                step(batch)
+            except torch.OutOfMemoryError as error:
+                self.halve(error)
+            else:
+                start = batch.stop
 
     @torch.no_grad()
     def advance_fp(self, run: Run) -> None:
         """Replace x_fp by the full-precision block's output."""
-        for batch in self._batches():
+
+        def step(batch: slice) -> None:
             self.fp[batch] = run(self.fp[batch].to(self.device)).to(self.fp)
+
+        self._for_each(step)
 
     @torch.no_grad()
     def outputs_q(self, run: Run) -> tuple[Tensor, float]:
         """What a quantized block makes of x_q, [N, T, D], and its mean square distance to the target (eq. 8)."""
         outputs = torch.empty_like(self.q)
         squares = torch.zeros((), dtype=torch.float64, device=self.device)
-        for batch in self._batches():
+
+        def step(batch: slice) -> None:
             y_BTD = run(self.q[batch].to(self.device))
             target_BTD = self.fp[batch].to(self.device, non_blocking=True)
-            squares += (y_BTD.float() - target_BTD.float()).square().sum(dtype=torch.float64)
+            squares.add_((y_BTD.float() - target_BTD.float()).square().sum(dtype=torch.float64))
             outputs[batch] = y_BTD.to(outputs)
+
+        self._for_each(step)
         return outputs, squares.item() / outputs.numel()
 
     @torch.no_grad()
     def for_each_q(self, run: Run) -> None:
         """Run a block over x_q for what it does on the way."""
-        for batch in self._batches():
+
+        def step(batch: slice) -> None:
             run(self.q[batch].to(self.device))
+
+        self._for_each(step)
 
     def advance_q(self, outputs: Tensor) -> None:
         """Replace x_q by the fused block's output."""
@@ -67,7 +106,10 @@ class LayerInputs:
 
     def mean_square_target(self) -> float:
         """Mean square of the target, the scale of a relative error."""
-        total = sum(
-            self.fp[batch].to(self.device).float().square().sum(dtype=torch.float64) for batch in self._batches()
-        )
-        return float(total) / self.fp.numel()
+        squares = torch.zeros((), dtype=torch.float64, device=self.device)
+
+        def step(batch: slice) -> None:
+            squares.add_(self.fp[batch].to(self.device).float().square().sum(dtype=torch.float64))
+
+        self._for_each(step)
+        return squares.item() / self.fp.numel()

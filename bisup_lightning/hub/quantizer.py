@@ -1,6 +1,8 @@
 """The quantizer "bisup" of transformers: lets `AutoModelForCausalLM.from_pretrained` load a run's `model/` folder."""
 
+import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +36,11 @@ class BisupConfig(QuantizationConfigMixin):
     def of(cls, scheme: Scheme, prompt_length: int) -> "BisupConfig":
         """The configuration of a model quantized so."""
         return cls(asdict(scheme), prompt_length)
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> "BisupConfig":
+        """The configuration in a saved model's folder."""
+        return cls(**json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"])
 
     def read_scheme(self) -> Scheme:
         """The quantizers."""
@@ -77,7 +84,7 @@ class BisupQuantizer(HfQuantizer):
 def keep_cache_only_if_asked(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
     """Without `use_cache`, the cache served one forward pass alone."""
     if kwargs.get("use_cache") is False:
-        setattr(output, cache_keyword(type(module)), None)
+        setattr(output, cache_keyword(type(module).forward), None)
 
 
 class StandBehindPrompt:
@@ -101,7 +108,7 @@ class StandBehindPrompt:
         """The arguments with which the decoder runs."""
         if args:  # transformers calls its decoders with keywords
             kwargs = {"input_ids": args[0], **kwargs}
-        keyword = cache_keyword(type(module))
+        keyword = cache_keyword(type(module).forward)
         cache, mask_BT = kwargs.get(keyword), kwargs.get("attention_mask")
         if mask_BT is not None and mask_BT.ndim != 2:
             raise ValueError("a bisup model takes attention masks of shape [batch, tokens] only")

@@ -3,13 +3,15 @@
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from torch import Tensor
 
-from bisup_lightning.files import write_json, write_tensors
+from bisup_lightning.files import publish, sync, write_json, write_tensors
+from bisup_lightning.hub.audit import audit, block_shard
 from bisup_lightning.hub.quantizer import BisupConfig
 from bisup_lightning.model.blockwise import PROMPT, BlockwiseModel
 from bisup_lightning.model.checkpoint import INDEX
@@ -23,20 +25,26 @@ BESIDE_WEIGHTS = ("*.json", "*.txt", "*.model", "*.jinja")  # tokenizer, generat
 def save_model(
     folder: Path,
     fp: BlockwiseModel,
-    blocks: Sequence[Path],
+    blocks: Mapping[Path, str],
     scheme: Scheme,
     prompt_ids: Sequence[int],
     dtype: torch.dtype,
+    probe_BT: Tensor,
 ) -> None:
-    """Publish the quantized model, by rename.
+    """Publish the quantized model, by rename, once it has passed its audit.
 
     Args:
         folder: Where it shall lie.
         fp: The full-precision model, for its shared tensors, configuration and tokenizer.
-        blocks: The safetensors file of each block, in order; linked, not copied, where the file system can.
+        blocks: SHA-256 of each block's safetensors file, by file, in order; linked, not copied, where the file system
+            can.
         scheme: The quantizers.
         prompt_ids: The high-precision prompt; its keys and values lie in the blocks.
         dtype: What the model computes in when loaded. Tensors are stored in the checkpoint's own dtype.
+        probe_BT: A few token ids [B, T] that it must compute finite logits for.
+
+    Raises:
+        AuditError: If it does not pass; nothing is published.
     """
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -49,7 +57,7 @@ def save_model(
     write_tensors(temporary / SHARED, shared)
     shard_of = dict.fromkeys(shared, SHARED)
     for index, block in enumerate(blocks):
-        shard = f"model-{index:05d}.safetensors"
+        shard = block_shard(index)
         _link_or_copy(block, temporary / shard)
         with safe_open(block, framework="pt") as file:
             shard_of |= dict.fromkeys(file.keys(), shard)
@@ -66,8 +74,12 @@ def save_model(
     config["tie_word_embeddings"] = head == EMBEDDING
     config["quantization_config"] = BisupConfig.of(scheme, len(prompt_ids)).to_dict()
     write_json(temporary / "config.json", config)
+    audit(temporary, list(blocks.values()), probe_BT, fp.device)
+    for path in temporary.iterdir():
+        sync(path)
+    sync(temporary)
     shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
+    publish(temporary, folder)
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

@@ -204,6 +204,11 @@ def is_clip(name: str) -> bool:
     return ".clips." in name
 
 
+def is_quantizers(name: str) -> bool:
+    """Whether a tensor of a fused layer of this name is part of a quantizer: codes, scales, clip values, orders."""
+    return is_clip(name) or ".segments." in name or name.endswith(".order")
+
+
 def theta_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
     """The learnable tensors of a layer by name, each once."""
     return {name: parameter for name, parameter in layer.named_parameters() if parameter.requires_grad}

@@ -12,10 +12,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from bisup_lightning.model.block import build_layer, pack_layer
+from bisup_lightning.model.block import build_layer, is_quantizers, pack_layer
 from bisup_lightning.model.checkpoint import Checkpoint
 from bisup_lightning.model.family import EMBEDDING, FINAL_NORM, Family, cache_keyword
-from bisup_lightning.model.kv import BlockKV, KeyValue, KVRecorder, PromptKV
+from bisup_lightning.model.kv import BlockKV, KeyValue, KVQuantizer, KVRecorder, PromptKV
 from bisup_lightning.quant.spec import Scheme
 
 PROMPT = "prompt_kv."  # what the names of a saved prompt's tensors begin with
@@ -36,7 +36,7 @@ class Positions:
 
 def run_layer(layer: nn.Module, hidden_BTD: Tensor, positions: Positions, kv: BlockKV | KVRecorder) -> Tensor:
     """Hidden states after one decoder layer, [B, T, D]."""
-    cache = {cache_keyword(type(layer)): kv}
+    cache = {cache_keyword(type(layer).forward): kv}
     return layer(hidden_BTD, attention_mask=positions.mask, position_embeddings=positions.rotary, **cache)
 
 
@@ -89,8 +89,18 @@ class BlockwiseModel:
         tensors = self.layer_tensors(index) if tensors is None else tensors
         if self.scheme is None:
             return build_layer(self.family, index, tensors)
-        layer = pack_layer(self.family.empty_layer(index), self.scheme, self.family.config)
-        layer.load_state_dict(dict(tensors), assign=True)
+        return self.packed_layer(index, tensors, self.scheme)
+
+    def packed_layer(self, index: int, tensors: Mapping[str, Tensor], scheme: Scheme) -> nn.Module:
+        """Block `index` around the tensors that a fused block stores, ready to run.
+
+        Scales and clip values stay in the dtype that they are given in: they are part of the quantizers' arithmetic.
+        """
+        layer = pack_layer(self.family.empty_layer(index), scheme, self.family.config)
+        layer.load_state_dict(
+            {name: tensor if is_quantizers(name) else tensor.to(self.dtype) for name, tensor in tensors.items()},
+            assign=True,
+        )
         return layer.requires_grad_(False)
 
     def layers(self) -> Iterator[tuple[int, nn.Module]]:
@@ -134,6 +144,18 @@ class BlockwiseModel:
         hidden_1PD = run_layer(layer, hidden_1PD.to(self.device), positions, recorder)
         assert recorder.recorded is not None
         return hidden_1PD, recorder.recorded
+
+    @torch.no_grad()
+    def logits(self, ids_BT: Tensor) -> Tensor:
+        """Logits [B, T, V] of a few token ids; a quantized model's behind its stored prompt."""
+        stored = self.stored_prompt()
+        quantizer = None if self.scheme is None else KVQuantizer.of(self.scheme)
+        hidden_BTD = self.embed(ids_BT).to(self.device)
+        for index, layer in self.layers():
+            kv = BlockKV(quantizer, None if stored is None else stored.of_layer(index))
+            positions = self.positions(index, ids_BT.shape[1], 0 if stored is None else len(stored.ids))
+            hidden_BTD = run_layer(layer, hidden_BTD, positions, kv)
+        return self.head()(hidden_BTD)
 
     def head(self) -> nn.Module:
         """Final norm and output projection: hidden states [..., D] to logits [..., V]."""

@@ -112,6 +112,15 @@ class Checkpoint:
                     except SafetensorError as error:
                         raise UserError(f"checkpoint: {self.folder / shard}: {name}: {error}") from error
 
+    def headers(self) -> dict[str, tuple[torch.Size, str]]:
+        """Shape and dtype (as safetensors calls it) of every tensor, without reading one."""
+
+        def header(file: Any, name: str) -> tuple[torch.Size, str]:
+            part = file.get_slice(name)
+            return torch.Size(part.get_shape()), part.get_dtype()
+
+        return dict(self._each(self.shard_of, header))
+
     def check_layers(self, shapes: Mapping[str, torch.Size], num_layers: int) -> None:
         """See that every block has the tensors that its architecture wants, from the shards' headers alone.
 
@@ -131,17 +140,36 @@ class Checkpoint:
         return EMBEDDING if tied or HEAD not in self.shard_of else HEAD
 
     def read_shared(self, name: str, device: torch.device, dtype: torch.dtype | None) -> Tensor:
-        """A tensor outside the blocks: embedding, final norm, or head."""
-        return self.read([name])[name].to(device, dtype)
+        """A tensor outside the blocks: embedding, final norm, or head.
+
+        Raises:
+            UserError: If it is missing, damaged, or not finite.
+        """
+        tensor = self.read([name])[name].to(device)
+        self._check_finite({name: tensor})
+        return tensor.to(dtype)
 
     def read_layer(self, index: int, device: torch.device, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """The tensors of block `index`, named as inside the block; floats in `dtype`, or as they are stored."""
+        """The tensors of block `index`, named as inside the block; floats in `dtype`, or as they are stored.
+
+        Raises:
+            UserError: If one is missing, damaged, or not finite.
+        """
         prefix = layer_prefix(index)
         names = [name for name in self.shard_of if name.startswith(prefix) and STORED_ROTARY not in name]
+        tensors = {name: tensor.to(device) for name, tensor in self.read(names).items()}
+        self._check_finite(tensors)
         return {
-            name.removeprefix(prefix): tensor.to(device, dtype if tensor.is_floating_point() else None)
-            for name, tensor in self.read(names).items()
+            name.removeprefix(prefix): tensor.to(dtype) if tensor.is_floating_point() else tensor
+            for name, tensor in tensors.items()
         }
+
+    def _check_finite(self, tensors: Mapping[str, Tensor]) -> None:
+        """Refuse NaN and inf, from which nothing right can be computed; on the device, where that costs nothing."""
+        finite = {name: tensor.isfinite().all() for name, tensor in tensors.items() if tensor.is_floating_point()}
+        if finite and not torch.stack(list(finite.values())).all():
+            name = next(name for name, verdict in finite.items() if not verdict)
+            raise UserError(f"checkpoint: {self.folder / self.shard_of[name]}: {name} holds NaN or inf")
 
     def dtype(self) -> torch.dtype:
         """The dtype that the final norm, and by convention all else, is stored in."""

@@ -2,9 +2,10 @@
 
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,13 +63,16 @@ def decoder(model: PreTrainedModel) -> nn.Module:
     return model.model
 
 
-@cache
-def cache_keyword(kind: type[nn.Module]) -> str:
+@lru_cache
+def cache_keyword(forward: Callable[..., Any]) -> str:
     """The keyword by which a decoder, or one of its layers, takes the cache, and its output gives it back.
 
     transformers 5.24 renamed it.
+
+    Args:
+        forward: The `forward` of its class.
     """
-    return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
 
 
 def online_rotation(entry: LinearInput, config: PretrainedConfig) -> int:

@@ -10,8 +10,13 @@ import pytest
 
 from bisup_lightning.cli import main
 from tests.conftest import ROOT
-from tests.tools import BISUP, Interrupt, Interrupted, Watch, contents, traces, with_callback
+from tests.tools import BISUP, CutOff, Interrupt, Interrupted, Watch, contents, traces, with_callback
 
+# All that can be saved is saved as often as can be.
+EAGER = (
+    "{class_path: callbacks.checkpoint.BlockCheckpoint, init_args: {every_n_seconds: 0, streams_every_n_seconds: 0}}"
+)
+CALLBACKS = f"[{{class_path: callbacks.bf16.BF16}}, {{class_path: callbacks.fuse.Fuse}}, {EAGER}]"
 SETTINGS = (BISUP, "--solver.epochs=3", with_callback(Watch), with_callback(Interrupt))
 LAST = 2
 PLACES = [
@@ -115,6 +120,35 @@ def test_a_run_that_was_killed(command, run, undisturbed):
     assert killed.returncode == -9, killed.stderr
     assert main(command) == 0
     assert_same_run(run, undisturbed)
+
+
+def test_training_goes_on_at_the_step_where_it_was_saved(monkeypatch, fit_arguments, make_checkpoint, tmp_path):
+    """Cut off at a step, then at every one or two steps in one run; saved behind each."""
+    checkpoint = make_checkpoint(num_hidden_layers=2)
+
+    def command(run):  # 8 sequences: 3 steps an epoch, 9 a block
+        more = ("--data.batch_size=3", f"--trainer.callbacks={CALLBACKS}", with_callback(CutOff))
+        return fit_arguments(checkpoint, tmp_path / run, BISUP, "--solver.epochs=3", *more)
+
+    monkeypatch.setattr(CutOff, "steps_left", None)
+    assert main(command("whole")) == 0
+    whole = contents(tmp_path / "whole" / "model")
+    for step in (1, 2, 3, 4, 9, 10, 17):
+        CutOff.steps_left = step
+        with pytest.raises(Interrupted):
+            main(command(f"at-{step}"))
+        CutOff.steps_left, CutOff.steps_made = None, 0
+        assert main(command(f"at-{step}")) == 0
+        assert contents(tmp_path / f"at-{step}" / "model") == whole, step
+        saved = step - (step % 3 == 0)  # not behind an epoch's last step
+        assert CutOff.steps_made == 18 - saved
+    for steps in [1, 2] * 4:
+        CutOff.steps_left = steps
+        with pytest.raises(Interrupted):
+            main(command("often"))
+    CutOff.steps_left = None
+    assert main(command("often")) == 0
+    assert contents(tmp_path / "often" / "model") == whole
 
 
 def test_what_a_write_left_half_done_is_no_hindrance(monkeypatch, command, run, undisturbed):
