@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from bisup_lightning.model.block import is_clip, theta_parameters
 from bisup_lightning.model.blockwise import Positions, run_layer
 from bisup_lightning.model.kv import BlockKV
+from bisup_lightning.quant.compiled import compiled_on_gpu
 
 MIN_CLIP = 1e-2  # a clip value is positive: it scales Δ
 
@@ -46,6 +47,12 @@ class Optimization:
         if is_clip(parameter_name):
             return self.clip_lr
         return self.smoothing_lr if parameter_name.endswith("smoothing") else self.low_rank_lr
+
+
+@compiled_on_gpu(dynamic=False)
+def block_loss(layer: nn.Module, x_BTD: Tensor, target_BTD: Tensor, positions: Positions, kv: BlockKV) -> Tensor:
+    """Mean square distance of a block's output on x_q to the target (eq. 8), in float32."""
+    return F.mse_loss(run_layer(layer, x_BTD, positions, kv).float(), target_BTD.float())
 
 
 class BlockCalibration(LightningModule):
@@ -88,8 +95,7 @@ class BlockCalibration(LightningModule):
         parts = list(zip(x_BTD.split(size), target_BTD.split(size), strict=True))
         loss, total = x_BTD.new_zeros(()), x_BTD.new_zeros((), dtype=torch.float32)
         for place, (x_bTD, target_bTD) in enumerate(parts):
-            y_bTD = run_layer(self.layer, x_bTD, self.positions, self.kv)
-            loss = F.mse_loss(y_bTD.float(), target_bTD.float()) * (len(x_bTD) / len(x_BTD))
+            loss = block_loss(self.layer, x_bTD, target_bTD, self.positions, self.kv) * (len(x_bTD) / len(x_BTD))
             total = total + loss.detach()
             if place < len(parts) - 1:
                 loss.backward()

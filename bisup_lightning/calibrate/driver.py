@@ -4,19 +4,21 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 
+from bisup_lightning.calibrate.block_reader import BlockReader
 from bisup_lightning.calibrate.events import WalkCallback
 from bisup_lightning.calibrate.run_store import Partial, Progress, RunStore
 from bisup_lightning.calibrate.signals import Signals
 from bisup_lightning.calibrate.solvers import Block, Solver
 from bisup_lightning.data.layer_inputs import LayerInputs
 from bisup_lightning.errors import UserError
-from bisup_lightning.model.block import fuse_layer, stored_tensors
-from bisup_lightning.model.blockwise import PROMPT, BlockwiseModel, Positions, run_layer
+from bisup_lightning.model.block import fuse_layer, hold_dense, stored_tensors
+from bisup_lightning.model.blockwise import PROMPT, BlockwiseModel, Positions, run_layer_fast
 from bisup_lightning.model.family import layer_prefix
 from bisup_lightning.model.kv import BlockKV, KeyValue, KVQuantizer, PromptKV
 from bisup_lightning.model.statistics import InputStatistics
@@ -38,7 +40,7 @@ class BlockResult:
         relative_mse: `loss_final` over the mean square of the full-precision output.
         kept_start: Whether learning found nothing better than the start.
         micro_batch: Sequences that were computed at a time; fewer than in a batch where the device ran out of memory.
-        seconds: Time from reading the block to both streams standing behind it.
+        phases: Seconds that each part of the work took, in order.
     """
 
     index: int
@@ -48,9 +50,14 @@ class BlockResult:
     relative_mse: float
     kept_start: bool
     micro_batch: int
-    seconds: float
+    phases: Mapping[str, float]
 
-    def metrics(self) -> dict[str, float | int | bool]:
+    @property
+    def seconds(self) -> float:
+        """Time from reading the block to both streams standing behind it."""
+        return sum(self.phases.values())
+
+    def metrics(self) -> dict[str, Any]:
         """The entry of results.json."""
         return {
             "index": self.index,
@@ -61,7 +68,21 @@ class BlockResult:
             "kept_start": self.kept_start,
             "micro_batch": self.micro_batch,
             "seconds": self.seconds,
+            "phases": dict(self.phases),
         }
+
+
+class Stopwatch:
+    """Seconds between one lap and the next. Each ends where the host waits for the device anyway."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """End a part of the work."""
+        now = time.perf_counter()
+        self.laps[name], self._last = now - self._last, now
 
 
 class BlockWalk:
@@ -101,6 +122,8 @@ class BlockWalk:
         self.prompt_ids = list(prompt_ids)
         self.callbacks, self.make_trainer, self.signals = callbacks, make_trainer, signals
         self.partial: Partial | None = None
+        self.reader = BlockReader(model)
+        self.kv_quantizer = KVQuantizer.of(scheme).prepare(model.family.head_dim, model.device)
         self.inputs: LayerInputs
         self.prompt_1PD: Tensor
         self.next_block = 0
@@ -147,16 +170,17 @@ class BlockWalk:
     def _replay(self, index: int) -> None:
         """Advance both streams behind a finished block."""
         positions = self._positions(index)
-        _, prompt = self._advance_fp(index, self.model.layer(index), positions)
+        tensors = self.reader.read(index)
+        _, prompt = self._advance_fp(index, self.model.layer(index, tensors), positions)
         prefix, stored = layer_prefix(index), self.store.read_block(index)
-        tensors = {
+        packed = {
             name.removeprefix(prefix): tensor.to(self.model.device)
             for name, tensor in stored.items()
             if name.startswith(prefix)
         }
-        layer = self.model.packed_layer(index, tensors, self.scheme)
-        kv = BlockKV(KVQuantizer.of(self.scheme), prompt)
-        outputs, _ = self.inputs.outputs_q(lambda hidden_BTD: run_layer(layer, hidden_BTD, positions, kv))
+        layer = hold_dense(self.model.packed_layer(index, packed, self.scheme), self.model.dtype)
+        kv = BlockKV(self.kv_quantizer, prompt)
+        outputs, _ = self.inputs.outputs_q(lambda hidden_BTD: run_layer_fast(layer, hidden_BTD, positions, kv))
         self.inputs.advance_q(outputs)
 
     def run(self) -> None:
@@ -168,14 +192,17 @@ class BlockWalk:
                 self.next_block = index + 1
                 self._tell("on_block_end", result)
         finally:
+            self.reader.close()
             self._tell("on_walk_end")
 
     def calibrate(self, index: int) -> BlockResult:
         """Solve one block and advance both streams behind it."""
-        started = time.perf_counter()
-        tensors, positions = self.model.layer_tensors(index), self._positions(index)
+        clock = Stopwatch()
+        tensors, positions = self.reader.read(index), self._positions(index)
+        clock.lap("read")
         statistics, prompt = self._advance_fp(index, self.model.layer(index, tensors), positions)
         scale = self.inputs.mean_square_target()
+        clock.lap("full precision")
         if not math.isfinite(scale):
             raise UserError(f"checkpoint: the full-precision output of block {index} is not finite")
 
@@ -188,31 +215,35 @@ class BlockWalk:
             inputs=self.inputs,
             batch_size=self.batch_size,
             positions=positions,
-            kv=BlockKV(KVQuantizer.of(self.scheme), prompt),
+            kv=BlockKV(self.kv_quantizer, prompt),
             statistics=statistics,
             orders=self.transform.orders(statistics),
             seed=1_000_003 * self.seed + 1009 * index,
             make_trainer=lambda epochs: self.make_trainer(index, epochs),
             partial=self.partial if self.partial is not None and self.partial.index == index else None,
         )
-        start = fuse_layer(block.start())
-        outputs, self.loss_initial = self.inputs.outputs_q(block.run(start))
-        layer, loss = start, self.loss_initial
-        solved = self.solver.solve(block)
-        if solved is not None:
-            solved_outputs, solved_loss = self.inputs.outputs_q(block.run(solved))
-            if solved_loss < self.loss_initial:  # false for NaN, too
-                layer, outputs, loss = solved, solved_outputs, solved_loss
+        start = hold_dense(fuse_layer(block.start()), self.model.dtype)
+        self.loss_initial = self.inputs.loss_q(block.run(start))
+        clock.lap("start")
+        layer = hold_dense(self.solver.solve(block) or start, self.model.dtype)
+        clock.lap("solve")
+        outputs, loss = self.inputs.outputs_q(block.run(layer))
+        if not loss < self.loss_initial and layer is not start:  # not less is NaN, too
+            layer = start
+            outputs, loss = self.inputs.outputs_q(block.run(layer))
         self.inputs.advance_q(outputs)
+        clock.lap("advance")
+        tensors = self._stored(index, layer, prompt)
+        clock.lap("store")
         return BlockResult(
             index=index,
-            tensors=self._stored(index, layer, prompt),
+            tensors=tensors,
             loss_initial=self.loss_initial,
             loss_final=loss,
             relative_mse=loss / scale,
             kept_start=layer is start,
             micro_batch=self.inputs.micro_batch,
-            seconds=time.perf_counter() - started,
+            phases=clock.laps,
         )
 
     def _positions(self, index: int) -> Positions:
@@ -224,7 +255,13 @@ class BlockWalk:
         """Turn x_fp into the block's full-precision output; figures of its inputs, and the prompt's keys and values."""
         prompt = self._advance_prompt(index, fp_layer)
         statistics, kv = InputStatistics(fp_layer), BlockKV(None, prompt)
-        self.inputs.advance_fp(lambda hidden_BTD: run_layer(fp_layer, hidden_BTD, positions, kv))
+
+        def run(hidden_BTD: Tensor) -> Tensor:
+            output_BTD = run_layer_fast(fp_layer, hidden_BTD, positions, kv)
+            statistics.add_pass()
+            return output_BTD
+
+        self.inputs.advance_fp(run)
         return statistics, prompt
 
     def _advance_prompt(self, index: int, fp_layer: nn.Module) -> KeyValue | None:

@@ -150,7 +150,8 @@ def transform(job: Job, plain: BlockwiseModel, probe_BT: torch.Tensor | None) ->
             BlockwiseModel(folder, job.device, torch.float32, checkpoint=one) for one in (checkpoint, transformed)
         )
         check_invariance(exact, rotated, probe_BT)
-    return BlockwiseModel(folder, job.device, checkpoint=transformed)
+    # On a CPU, the walk computes with the kernels, and so in the last digits, of the model as transformers loads it.
+    return BlockwiseModel(folder, job.device, checkpoint=transformed, fused_attention=job.device.type == "cuda")
 
 
 def walk(

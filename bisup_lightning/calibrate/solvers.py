@@ -1,5 +1,6 @@
 """How a block is quantized: every solver takes a block at its start and returns it fused."""
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -14,7 +15,7 @@ from bisup_lightning.calibrate.run_store import Partial
 from bisup_lightning.data.datamodule import BlockDataModule
 from bisup_lightning.data.layer_inputs import LayerInputs, Run
 from bisup_lightning.model.block import Theta, add_theta, fuse_layer, is_fused, quantize_layer
-from bisup_lightning.model.blockwise import BlockwiseModel, Positions, run_layer
+from bisup_lightning.model.blockwise import BlockwiseModel, Positions, run_layer, run_layer_fast
 from bisup_lightning.model.family import LINEAR_INPUTS
 from bisup_lightning.model.kv import BlockKV
 from bisup_lightning.model.linear import PackedLinear, PackedSegment, QuantLinear
@@ -61,17 +62,21 @@ class Block:
     seed: int
     make_trainer: Callable[[int], Trainer]
     partial: Partial | None = None
+    quantized: nn.Module | None = None  # what `start` gives copies of
 
     def start(self) -> nn.Module:
-        """The block with rounding and grid-searched clips: where every solver starts."""
-        assert self.model.storage_dtype is not None
-        layer = self.model.layer(self.index, self.tensors)
-        config, storage = self.model.family.config, self.model.storage_dtype
-        return quantize_layer(layer, self.scheme, config, self.activation_clip, storage, self.orders)
+        """The block with rounding and grid-searched clips, where every solver starts; frozen weights are shared."""
+        if self.quantized is None:
+            assert self.model.storage_dtype is not None
+            layer = self.model.layer(self.index, self.tensors)
+            config, storage = self.model.family.config, self.model.storage_dtype
+            self.quantized = quantize_layer(layer, self.scheme, config, self.activation_clip, storage, self.orders)
+        shared = {id(buffer): buffer for buffer in self.quantized.buffers()}
+        return copy.deepcopy(self.quantized, shared)
 
     def run(self, layer: nn.Module) -> Run:
         """The block's forward pass on a batch of hidden states."""
-        return lambda hidden_BTD: run_layer(layer, hidden_BTD, self.positions, self.kv)
+        return lambda hidden_BTD: run_layer_fast(layer, hidden_BTD, self.positions, self.kv)
 
 
 class Solver(ABC):
@@ -201,7 +206,7 @@ class GPTQ(Solver):
 
         def run(hidden_BTD: Tensor) -> Tensor:
             seen.clear()
-            output_BTD = block.run(layer)(hidden_BTD)
+            output_BTD = run_layer(layer, hidden_BTD, block.positions, block.kv)  # eagerly: it is watched by a hook
             x_TI = seen[0].flatten(0, -2).float()
             if not hessian:
                 hessian.append(x_TI.new_zeros(x_TI.shape[1], x_TI.shape[1]))

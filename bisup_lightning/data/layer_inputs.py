@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bisup_lightning.errors import UserError
+from bisup_lightning.quant.compiled import compiled_on_gpu
 
 Run = Callable[[Tensor], Tensor]
 log = logging.getLogger(__name__)
@@ -77,6 +78,17 @@ class LayerInputs:
         self._for_each(step)
 
     @torch.no_grad()
+    def loss_q(self, run: Run) -> float:
+        """Mean square distance of a quantized block's output on x_q to the target (eq. 8)."""
+        squares = torch.zeros((), dtype=torch.float64, device=self.device)
+
+        def step(batch: slice) -> None:
+            squares.add_(squared_error(run(self.q[batch].to(self.device)), self.fp[batch].to(self.device)))
+
+        self._for_each(step)
+        return squares.item() / self.q.numel()
+
+    @torch.no_grad()
     def outputs_q(self, run: Run) -> tuple[Tensor, float]:
         """What a quantized block makes of x_q, [N, T, D], and its mean square distance to the target (eq. 8)."""
         outputs = torch.empty_like(self.q)
@@ -84,8 +96,7 @@ class LayerInputs:
 
         def step(batch: slice) -> None:
             y_BTD = run(self.q[batch].to(self.device))
-            target_BTD = self.fp[batch].to(self.device, non_blocking=True)
-            squares.add_((y_BTD.float() - target_BTD.float()).square().sum(dtype=torch.float64))
+            squares.add_(squared_error(y_BTD, self.fp[batch].to(self.device)))
             outputs[batch] = y_BTD.to(outputs)
 
         self._for_each(step)
@@ -104,12 +115,25 @@ class LayerInputs:
         """Replace x_q by the fused block's output."""
         self.q = outputs
 
+    @torch.no_grad()
     def mean_square_target(self) -> float:
         """Mean square of the target, the scale of a relative error."""
         squares = torch.zeros((), dtype=torch.float64, device=self.device)
 
         def step(batch: slice) -> None:
-            squares.add_(self.fp[batch].to(self.device).float().square().sum(dtype=torch.float64))
+            squares.add_(sum_of_squares(self.fp[batch].to(self.device)))
 
         self._for_each(step)
         return squares.item() / self.fp.numel()
+
+
+@compiled_on_gpu(dynamic=True)
+def squared_error(y: Tensor, target: Tensor) -> Tensor:
+    """Sum of squared differences, taken in float32 and added up in float64."""
+    return (y.float() - target.float()).square().sum(dtype=torch.float64)
+
+
+@compiled_on_gpu(dynamic=True)
+def sum_of_squares(x: Tensor) -> Tensor:
+    """Sum of squares, taken in float32 and added up in float64."""
+    return x.float().square().sum(dtype=torch.float64)

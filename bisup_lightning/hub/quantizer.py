@@ -12,7 +12,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bisup_lightning.model.block import pack_layer
-from bisup_lightning.model.family import cache_keyword, decoder, decoder_layers, head_dim
+from bisup_lightning.model.family import CACHE, decoder, decoder_layers, head_dim
 from bisup_lightning.model.kv import KVQuantizer, PromptCache, PromptKV
 from bisup_lightning.quant.spec import QuantSpec, Scheme
 
@@ -84,7 +84,7 @@ class BisupQuantizer(HfQuantizer):
 def keep_cache_only_if_asked(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
     """Without `use_cache`, the cache served one forward pass alone."""
     if kwargs.get("use_cache") is False:
-        setattr(output, cache_keyword(type(module).forward), None)
+        setattr(output, CACHE, None)
 
 
 class StandBehindPrompt:
@@ -108,15 +108,14 @@ class StandBehindPrompt:
         """The arguments with which the decoder runs."""
         if args:  # transformers calls its decoders with keywords
             kwargs = {"input_ids": args[0], **kwargs}
-        keyword = cache_keyword(type(module).forward)
-        cache, mask_BT = kwargs.get(keyword), kwargs.get("attention_mask")
+        cache, mask_BT = kwargs.get(CACHE), kwargs.get("attention_mask")
         if mask_BT is not None and mask_BT.ndim != 2:
             raise ValueError("a bisup model takes attention masks of shape [batch, tokens] only")
         if not isinstance(cache, PromptCache):
             if cache is not None and cache.get_seq_length() > 0:
                 raise ValueError("a bisup model needs its own cache: pass none, or the one that it returned")
             cache = self._new_cache(kwargs.get("input_ids"), mask_BT)
-        kwargs[keyword] = cache
+        kwargs[CACHE] = cache
         if cache.tokens_in_front:
             self._stand_behind(kwargs, cache)
         return (), kwargs

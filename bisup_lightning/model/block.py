@@ -233,6 +233,15 @@ def fuse_layer(layer: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
+def hold_dense(layer: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Let a fused layer dequantize its weights once instead of in every forward pass, in place; for several passes."""
+    for module in layer.modules():
+        if isinstance(module, PackedLinear):
+            module.hold_dense(dtype)
+    return layer
+
+
+@torch.no_grad()
 def stored_tensors(layer: nn.Module, storage_dtype: torch.dtype) -> dict[str, Tensor]:
     """A fused layer's tensors as the artifact holds them: floats in the checkpoint's own dtype (Alg. A1, line 16)."""
     return {

@@ -12,10 +12,12 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from bisup_lightning.model.block import build_layer, is_quantizers, pack_layer
+from bisup_lightning.model.attention import FUSED_CAUSAL
+from bisup_lightning.model.block import build_layer, hold_dense, is_quantizers, pack_layer
 from bisup_lightning.model.checkpoint import Checkpoint
-from bisup_lightning.model.family import EMBEDDING, FINAL_NORM, Family, cache_keyword
+from bisup_lightning.model.family import CACHE, EMBEDDING, FINAL_NORM, Family
 from bisup_lightning.model.kv import BlockKV, KeyValue, KVQuantizer, KVRecorder, PromptKV
+from bisup_lightning.quant.compiled import compiled_on_gpu
 from bisup_lightning.quant.spec import Scheme
 
 PROMPT = "prompt_kv."  # what the names of a saved prompt's tensors begin with
@@ -36,8 +38,13 @@ class Positions:
 
 def run_layer(layer: nn.Module, hidden_BTD: Tensor, positions: Positions, kv: BlockKV | KVRecorder) -> Tensor:
     """Hidden states after one decoder layer, [B, T, D]."""
-    cache = {cache_keyword(type(layer).forward): kv}
-    return layer(hidden_BTD, attention_mask=positions.mask, position_embeddings=positions.rotary, **cache)
+    return layer(hidden_BTD, attention_mask=positions.mask, position_embeddings=positions.rotary, **{CACHE: kv})
+
+
+@compiled_on_gpu(dynamic=False)
+def run_layer_fast(layer: nn.Module, hidden_BTD: Tensor, positions: Positions, kv: BlockKV) -> Tensor:
+    """As `run_layer`; on a GPU through one graph for all blocks, whose last digits may differ."""
+    return run_layer(layer, hidden_BTD, positions, kv)
 
 
 class BlockwiseModel:
@@ -49,6 +56,8 @@ class BlockwiseModel:
         dtype: What they compute in; None for the dtype that the configuration names.
         scheme: The quantizers if the folder holds a quantized model, else None.
         checkpoint: What to read instead of the folder's own tensors: the same model, transformed.
+        fused_attention: Whether attention behind a prompt runs on a fused kernel. Its last digits differ from those of
+            the model as transformers loads it.
     """
 
     def __init__(
@@ -58,8 +67,10 @@ class BlockwiseModel:
         dtype: torch.dtype | None = None,
         scheme: Scheme | None = None,
         checkpoint: Checkpoint | None = None,
+        fused_attention: bool = False,
     ) -> None:
-        self.family = Family.of_folder(str(folder))
+        self.family = Family.of_folder(str(folder), FUSED_CAUSAL if fused_attention else "sdpa")
+        self.fused_attention = fused_attention
         self.checkpoint = checkpoint or Checkpoint(folder)
         self.device, self.scheme = device, scheme
         if scheme is None:
@@ -104,9 +115,9 @@ class BlockwiseModel:
         return layer.requires_grad_(False)
 
     def layers(self) -> Iterator[tuple[int, nn.Module]]:
-        """All blocks in order, one at a time."""
+        """All blocks in order, one at a time, for several passes through each."""
         for index in range(self.num_layers):
-            yield index, self.layer(index)
+            yield index, hold_dense(self.layer(index), self.dtype)
 
     def stored_prompt(self) -> PromptKV | None:
         """The prompt saved with a quantized model."""
@@ -128,7 +139,7 @@ class BlockwiseModel:
         probe = torch.empty(1, length, 1, dtype=dtype, device=self.device)
         cos, sin = self._rotary(probe, query.unsqueeze(0))
         total = prompt_length + length
-        if prompt_length == 0 and (window is None or total <= window):
+        if (prompt_length == 0 or self.fused_attention) and (window is None or total <= window):
             return Positions((cos, sin), None)
         key = torch.arange(total, device=self.device)
         mask = key <= query.unsqueeze(1)

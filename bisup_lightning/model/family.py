@@ -1,13 +1,12 @@
 """What a checkpoint's architecture calls its parts. The only file that names Hugging Face attributes."""
 
 import copy
-import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
@@ -45,6 +44,8 @@ SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")  # Qwen1.5 and 2.5 are of typ
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
+# The keyword by which a decoder and its layers take the cache, and by which a decoder's output gives it back.
+CACHE = "cache" if Version(transformers.__version__) >= Version("5.24.0.dev0") else "past_key_values"
 STORED_ROTARY = ".rotary_emb."  # frequencies that old checkpoints hold in every block; config.json implies them
 
 
@@ -61,18 +62,6 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 def decoder(model: PreTrainedModel) -> nn.Module:
     """The part of a causal language model that takes token ids and a cache."""
     return model.model
-
-
-@lru_cache
-def cache_keyword(forward: Callable[..., Any]) -> str:
-    """The keyword by which a decoder, or one of its layers, takes the cache, and its output gives it back.
-
-    transformers 5.24 renamed it.
-
-    Args:
-        forward: The `forward` of its class.
-    """
-    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
 
 
 def online_rotation(entry: LinearInput, config: PretrainedConfig) -> int:
@@ -92,19 +81,20 @@ class Family:
 
     Args:
         config: The checkpoint's configuration.
+        attention: The name of transformers' attention function that the blocks use.
 
     Raises:
         UserError: If the architecture is not supported.
     """
 
-    def __init__(self, config: PretrainedConfig) -> None:
+    def __init__(self, config: PretrainedConfig, attention: str = "sdpa") -> None:
         if config.model_type not in SUPPORTED:
             raise UserError(
                 f"checkpoint: architecture '{config.model_type}' is not supported; supported: {', '.join(SUPPORTED)}"
             )
         self.config = config
         with torch.device("meta"):
-            self._skeleton = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+            self._skeleton = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
         self.num_layers: int = config.num_hidden_layers
         self.hidden_size: int = config.hidden_size
         self.num_kv_heads: int = config.num_key_value_heads
@@ -112,7 +102,7 @@ class Family:
         self.vocab_size: int = config.vocab_size
 
     @classmethod
-    def of_folder(cls, folder: str) -> "Family":
+    def of_folder(cls, folder: str, attention: str = "sdpa") -> "Family":
         """Read the configuration in a checkpoint's folder.
 
         Raises:
@@ -122,11 +112,16 @@ class Family:
             config = AutoConfig.from_pretrained(folder)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"checkpoint: {folder}/config.json: {str(error).splitlines()[0]}") from error
-        return cls(config)
+        return cls(config, attention)
 
     def empty_layer(self, index: int) -> nn.Module:
-        """Block `index` on the meta device, to be filled with `load_state_dict(..., assign=True)`."""
-        return copy.deepcopy(decoder_layers(self._skeleton)[index])
+        """Block `index` on the meta device, to be filled with `load_state_dict(..., assign=True)`.
+
+        All blocks call themselves the first: no cache here asks, and one compiled graph then serves them all.
+        """
+        layer = copy.deepcopy(decoder_layers(self._skeleton)[index])
+        layer.get_submodule("self_attn").layer_idx = 0  # type: ignore[assignment]  # a number, not a module
+        return layer
 
     def final_norm(self, weight_D: Tensor) -> nn.Module:
         """The norm before the head."""

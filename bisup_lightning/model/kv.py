@@ -28,6 +28,7 @@ class KVQuantizer:
 
     def __init__(self, spec: QuantSpec | None, hadamard: bool = False) -> None:
         self.spec, self.hadamard = spec, hadamard
+        self.factors: tuple[Tensor, ...] = ()
 
     @classmethod
     def of(cls, scheme: Scheme) -> "KVQuantizer":
@@ -40,9 +41,16 @@ class KVQuantizer:
             return k_BHTd, v_BHTd
         if not self.hadamard:
             return self._quantize(k_BHTd, self.spec), self._quantize(v_BHTd, self.spec)
-        factors = hadamard_factors(k_BHTd.shape[-1], k_BHTd.dtype, k_BHTd.device)
-        k_BHTd = self._quantize(apply_hadamard(k_BHTd, factors), self.spec)
-        return apply_hadamard(k_BHTd, factors, transpose=True), self._quantize(v_BHTd, self.spec)
+        if not self.factors or self.factors[0].device != k_BHTd.device:
+            self.prepare(k_BHTd.shape[-1], k_BHTd.device)
+        k_BHTd = self._quantize(apply_hadamard(k_BHTd, self.factors), self.spec)
+        return apply_hadamard(k_BHTd, self.factors, transpose=True), self._quantize(v_BHTd, self.spec)
+
+    def prepare(self, head_dim: int, device: torch.device) -> "KVQuantizer":
+        """Have the rotation at hand before the first call: a compiled one can't read its tables."""
+        if self.hadamard:
+            self.factors = hadamard_factors(head_dim, device=device)
+        return self
 
     @staticmethod
     def _quantize(x_BHTd: Tensor, spec: QuantSpec) -> Tensor:

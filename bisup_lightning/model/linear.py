@@ -267,12 +267,18 @@ class PackedLinear(nn.Module):
 
     segments: Sequence[PackedSegment]
     bias: Tensor | None
+    held_OI: Tensor | None
 
     def __init__(self, segments: Sequence[PackedSegment], bias: Tensor | None, input_quantizer: nn.Module) -> None:
         super().__init__()
         self.register_module("segments", nn.ModuleList(segments))
         self.register_buffer("bias", bias)
+        self.register_buffer("held_OI", None, persistent=False)
         self.input_quantizer = input_quantizer
+
+    def hold_dense(self, dtype: torch.dtype) -> None:
+        """Keep Ŵ in the dtype that inputs have, from now on, beside its codes."""
+        self.held_OI = self.dense_weight().to(dtype)
 
     def dense_weight(self) -> Tensor:
         """Ŵ [O, I] in the wide dtype."""
@@ -281,4 +287,5 @@ class PackedLinear(nn.Module):
 
     def forward(self, x_BTI: Tensor) -> Tensor:
         """⟨x⟩ Ŵᵀ + bias, in x's dtype."""
-        return F.linear(self.input_quantizer(x_BTI), self.dense_weight().to(x_BTI.dtype), self.bias)
+        w_OI = self.dense_weight().to(x_BTI.dtype) if self.held_OI is None else self.held_OI
+        return F.linear(self.input_quantizer(x_BTI), w_OI, self.bias)

@@ -3,16 +3,39 @@
 import torch
 from torch import Tensor, nn
 
-from bisup_lightning.model.family import LinearInput, linear_inputs
+from bisup_lightning.model.family import linear_inputs
+
+
+class Observed(nn.Module):
+    """A linear that keeps figures of its last input: `absmax` and `square_sum` of every channel [I], float32.
+
+    Args:
+        linear: The linear.
+    """
+
+    absmax: Tensor
+    square_sum: Tensor
+
+    def __init__(self, linear: nn.Module) -> None:
+        super().__init__()
+        self.linear = linear
+        assert isinstance(linear.weight, Tensor)
+        for name in ("absmax", "square_sum"):
+            self.register_buffer(name, torch.zeros_like(linear.weight[0], dtype=torch.float32), persistent=False)
+
+    def forward(self, x_BTI: Tensor) -> Tensor:
+        """What the linear makes of x."""
+        x_TI = x_BTI.detach().flatten(0, -2).float()
+        self.absmax.copy_(x_TI.abs().amax(0))
+        self.square_sum.copy_(x_TI.square().sum(0))
+        return self.linear(x_BTI)
 
 
 class InputStatistics:
-    """Gathers, while a full-precision layer runs, figures of every channel [I] of each linear input, by its name.
-
-    A forward pass counts when it is complete: one that ran out of memory and is taken again counts once.
+    """Figures of every channel [I] of each linear input, by its name, over forward passes of a full-precision layer.
 
     Args:
-        layer: The layer; it is watched for as long as it lives.
+        layer: The layer; the first linear of each input is observed for as long as it lives.
 
     Attributes:
         absmax: Largest magnitude, float32.
@@ -22,22 +45,16 @@ class InputStatistics:
     def __init__(self, layer: nn.Module) -> None:
         self.absmax: dict[str, Tensor] = {}
         self.square_sum: dict[str, Tensor] = {}
-        self._pass: dict[str, tuple[Tensor, Tensor]] = {}  # of the forward pass at hand
+        self._observed: dict[str, Observed] = {}
         for entry, linears in linear_inputs(layer):
-            linears[0].register_forward_pre_hook(self._hook(entry))
-        layer.register_forward_hook(self._add)
+            self._observed[entry.name] = Observed(linears[0])
+            layer.set_submodule(entry.linears[0], self._observed[entry.name])
 
-    def _hook(self, entry: LinearInput):
-        def record(module: nn.Module, arguments: tuple[Tensor]) -> None:
-            x_TI = arguments[0].detach().flatten(0, -2).float()
-            self._pass[entry.name] = x_TI.abs().amax(0), x_TI.square().sum(0)
-
-        return record
-
-    def _add(self, layer: nn.Module, arguments: object, output: object) -> None:
-        for name, (absmax_I, square_sum_I) in self._pass.items():
+    def add_pass(self) -> None:
+        """Count the last forward pass. One that ran out of memory is not counted, but the one taken in its stead."""
+        for name, observed in self._observed.items():
             if name in self.absmax:
-                absmax_I = torch.maximum(absmax_I, self.absmax[name])
-                square_sum_I = square_sum_I + self.square_sum[name]
-            self.absmax[name], self.square_sum[name] = absmax_I, square_sum_I
-        self._pass.clear()
+                torch.maximum(self.absmax[name], observed.absmax, out=self.absmax[name])
+                self.square_sum[name] += observed.square_sum
+            else:
+                self.absmax[name], self.square_sum[name] = observed.absmax.clone(), observed.square_sum.clone()

@@ -22,6 +22,7 @@ def test_figures_over_all_batches_are_those_of_all_tokens_at_once():
         for seed, batch in ((0, 3), (1, 1)):
             x = random_hidden(seed, batch, 6, family.hidden_size, torch.float32)
             run_layer(layer, x, positions_of(family, 6, 0, torch.float32), BlockKV())
+            statistics.add_pass()
     for name, parts in read.items():
         x = torch.cat(parts).double()
         assert len(x) == 24
@@ -38,5 +39,6 @@ def test_narrow_activations_are_summed_in_float32():
     with torch.no_grad():
         normed = layer.input_layernorm(x).flatten(0, 1).double()
         run_layer(layer, x, positions_of(family, 32, 0, torch.bfloat16), BlockKV())
+    statistics.add_pass()
     wanted = normed.square().sum(0)
     torch.testing.assert_close(statistics.square_sum["attention_input"].double(), wanted, rtol=1e-4, atol=0)
