@@ -44,14 +44,33 @@ def scale_and_offset(
     """
     x_Gg = wide(x_Gg)
     if spec.symmetric:
-        reach, offset = x_Gg.abs().amax(-1, keepdim=True), None
+        reach, offset = _Largest.apply(x_Gg.abs()), None
     else:
-        offset = x_Gg.amin(-1, keepdim=True)
-        reach = x_Gg.amax(-1, keepdim=True) - offset
+        offset = -_Largest.apply(-x_Gg)
+        reach = _Largest.apply(x_Gg) - offset
     scale = reach / spec.qmax
     if clip_G is not None:
         scale = scale * clip_G.to(scale.dtype).unsqueeze(-1)
     return storable(scale, scale_dtype), offset
+
+
+class _Largest(torch.autograd.Function):
+    """Largest element of the last dimension, kept; its gradient is shared by all that equal it.
+
+    What amax does, but with no division by zero where compiled code computes x anew, a digit off, and finds no equal.
+    """
+
+    @staticmethod
+    def forward(ctx, x):
+        largest = x.amax(-1, keepdim=True)
+        ctx.save_for_backward(x, largest)
+        return largest
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, largest = ctx.saved_tensors
+        equal = x == largest
+        return grad * equal / equal.sum(-1, keepdim=True).clamp_min(1)
 
 
 def as_stored(x: Tensor, dtype: torch.dtype | None) -> Tensor:
