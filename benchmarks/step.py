@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from benchmarks.synthetic import SHAPES, write_checkpoint
 
+from benchmarks.synthetic import SHAPES, write_checkpoint
 from bisup_lightning.calibrate.block_calibration import block_loss
 from bisup_lightning.model.block import Theta, add_theta, quantize_layer, theta_parameters
 from bisup_lightning.model.blockwise import BlockwiseModel, run_layer
@@ -126,7 +126,9 @@ def main() -> None:
                         for _ in range(3):
                             loss().backward()
                     print(
-                        profile.key_averages().table(sort_by="cuda_time_total", row_limit=40, max_name_column_width=90)
+                        profile.key_averages().table(
+                            sort_by="self_cuda_time_total", row_limit=30, max_name_column_width=90
+                        )
                     )
 
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
+
 from benchmarks.step import matmul_rate, step_operations
 from benchmarks.synthetic import SHAPES, write_checkpoint
-
 from bisup_lightning.calibrate.driver import BlockResult, BlockWalk
 from bisup_lightning.calibrate.events import WalkCallback
 from bisup_lightning.cli import main as run_command

@@ -23,6 +23,7 @@ from rich.console import Console
 
 from bisup_lightning.calibrate.events import WalkCallback
 from bisup_lightning.calibrate.job import (
+    Compile,
     Job,
     evaluate_checkpoint,
     evaluate_run,
@@ -73,6 +74,12 @@ def fit_parser() -> LightningArgumentParser:
         type=Resume,
         default="auto",
         help="auto: go on with what run_dir holds, or begin; never: run_dir must be new; must: it must hold a run.",
+    )
+    parser.add_argument(
+        "--compile",
+        type=Compile,
+        default="auto",
+        help="auto: compile the blocks on a GPU if the model is so large that it pays; always; never.",
     )
     parser.add_argument("--seed", type=int, default=0, help="Seed of all that is drawn.")
     parser.add_class_arguments(Precision, "precision", help="What is quantized, and how finely.")
@@ -233,6 +240,7 @@ def make_job(parser: LightningArgumentParser, config: Namespace, signals: Signal
         settings=settings,
         config_yaml=parser.dump(config, skip_none=False),
         resume=config.resume,
+        compile=config.compile,
         signals=signals,
     )
 

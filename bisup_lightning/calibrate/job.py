@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning
 import torch
@@ -38,6 +38,8 @@ from bisup_lightning.quant.spec import Precision, Scheme
 from bisup_lightning.transform.invariance import check_invariance
 from bisup_lightning.transform.transform import Transform
 
+Compile = Literal["auto", "always", "never"]
+WORTH_COMPILING = 5e14  # operations of one forward pass over the text: what a model of 1 B has on 128 × 2048 tokens
 TOKENIZER_FILES = ("tokenizer*", "vocab.*", "merges.txt", "chat_template.*", "special_tokens_map.json")
 
 
@@ -61,6 +63,7 @@ class Job:
         settings: The resolved configuration as far as the result depends on it, by key.
         config_yaml: The whole resolved configuration.
         resume: Whether to go on with what the run directory holds.
+        compile: Whether blocks are compiled on a GPU.
         signals: What may ask the run to end.
     """
 
@@ -79,6 +82,7 @@ class Job:
     settings: Mapping[str, Any]
     config_yaml: str
     resume: Resume = "auto"
+    compile: Compile = "auto"
     signals: Signals = field(default_factory=Signals)
 
 
@@ -121,7 +125,8 @@ def fit(job: Job) -> dict[str, Any]:
         lock.claim()
         store.begin(job.config_yaml, tokens_NT)
         if len(progress.metrics) < plain.num_layers:
-            walk(job, transformed, scheme, store, prompt_ids, tokens_NT, progress)
+            with torch.compiler.set_stance("default" if compiles(job, plain) else "force_eager"):
+                walk(job, transformed, scheme, store, prompt_ids, tokens_NT, progress)
         model = job.run_dir / "model"
         if not progress.published:
             save_model(model, transformed, store.block_digests(), scheme, prompt_ids, plain.dtype, probe_BT)
@@ -180,6 +185,14 @@ def walk(
     block_walk.prepare()
     block_walk.resume(tokens_NT, progress)
     block_walk.run()
+
+
+def compiles(job: Job, plain: BlockwiseModel) -> bool:
+    """Whether the walk runs compiled blocks: asked for, or so long that it makes up for a minute of compilation."""
+    if job.compile != "auto":
+        return job.compile == "always"
+    weights = plain.num_layers * sum(shape.numel() for shape in plain.family.layer_shapes(0).values())
+    return 2 * weights * job.data.num_samples * job.data.seq_len >= WORTH_COMPILING
 
 
 def check(job: Job, plain: BlockwiseModel, scheme: Scheme) -> None:

@@ -279,6 +279,7 @@ def absmax_of(family, tensors, x, positions):
     statistics = InputStatistics(layer)
     with torch.no_grad():
         run_layer(layer, x, positions, BlockKV())
+    statistics.add_pass()
     return statistics.absmax
 
 
@@ -483,6 +484,7 @@ def calibration(theta, scheme, dtype=torch.float32, lr_scale=1.0):
     statistics = InputStatistics(exact)
     with torch.no_grad():
         target = run_layer(exact, x, positions, BlockKV(None, prompt))
+    statistics.add_pass()
     add_theta(layer, theta, torch.Generator().manual_seed(0), statistics.absmax)
     kv = BlockKV(KVQuantizer.of(scheme), prompt)
     module = BlockCalibration(layer, positions, kv, Optimization(schedule="constant"), lr_scale)

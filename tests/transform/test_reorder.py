@@ -22,10 +22,11 @@ def orders_of(model, index, x):
     layer, read = exact_layer(model, index), {}
     statistics = InputStatistics(layer)
     for entry in LINEAR_INPUTS:
-        layer.get_submodule(entry.linears[0]).register_forward_pre_hook(
+        layer.get_submodule(entry.linears[-1]).register_forward_pre_hook(
             lambda _, arguments, name=entry.name: read.update({name: arguments[0].flatten(0, 1)})
         )
     run(model, layer, x, index)
+    statistics.add_pass()
     return Atom(OUTLIERS).orders(statistics), read
 
 
