@@ -32,7 +32,8 @@ from bisup_lightning.errors import UserError
 from bisup_lightning.evaluate.perplexity import Evaluation
 from bisup_lightning.hub.generate import complete
 from bisup_lightning.quant.spec import Precision, QuantSpec
-from bisup_lightning.report import comparison_table, perplexity_table
+from bisup_lightning.report.page import REPORT, write_report
+from bisup_lightning.report.tables import comparison_table, perplexity_table
 from bisup_lightning.transform.transform import NoTransform, Transform
 
 # What remains of Lightning's Trainer once the walk has decided the rest.
@@ -85,6 +86,8 @@ def build_parser() -> LightningArgumentParser:
     predict.add_argument("--max_new_tokens", type=int, default=64, help="Most tokens to add.")
     predict.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token each time.")
     predict.add_argument("--accelerator", type=str, default="auto", help="cpu, cuda or auto.")
+    report = new_parser("Write a finished run's report.html again.")
+    report.add_argument("--run_dir", type=Path, required=True, help="A finished run.")
     compare = new_parser("Print finished runs of one model side by side.")
     compare.add_argument("runs", type=Path, nargs="+", help="Run directories; the first is the baseline.")
     commands = parser.add_subcommands(required=True)
@@ -92,6 +95,7 @@ def build_parser() -> LightningArgumentParser:
         ("fit", fit_parser(), "quantize a checkpoint"),
         ("test", test, "measure a run or a checkpoint"),
         ("predict", predict, "complete a text with a quantized model"),
+        ("report", report, "write a run's report again"),
         ("compare", compare, "print runs side by side"),
     ):
         commands.add_subcommand(name, sub, help=line)
@@ -226,6 +230,8 @@ def run(arguments: Sequence[str] | None = None) -> None:
         results = fit(job)
         console.print(perplexity_table(results))
         console.print(f"model: {options.run_dir / 'model'}")
+        if not (options.run_dir / REPORT).is_file():
+            console.print(f"report: {write_report(options.run_dir)}")
     elif command == "test":
         console.print(perplexity_table({"perplexity": test(options)}))
     elif command == "predict":
@@ -235,6 +241,8 @@ def run(arguments: Sequence[str] | None = None) -> None:
         read_results(options.run_dir)
         folder = options.run_dir / "model"
         console.print(complete(folder, options.text, options.max_new_tokens, options.temperature, device), markup=False)
+    elif command == "report":
+        console.print(f"report: {write_report(options.run_dir)}")
     else:
         runs = {str(path): read_results(path) for path in options.runs}
         console.print(comparison_table(runs))

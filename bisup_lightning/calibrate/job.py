@@ -138,7 +138,8 @@ def fit(job: Job) -> dict[str, Any]:
     save_model(model, walk.model, blocks, scheme, prompt_ids, plain.dtype)
     quantized = open_quantized(model, job.device)
     perplexity = evaluate(plain, quantized, sets, prompt_ids, job.evaluation.batch_size)
-    write_json(job.run_dir / RESULTS, results(job, store, perplexity))
+    sizes = {"checkpoint": size_on_disk(plain.checkpoint.folder), "model": size_on_disk(model)}
+    write_json(job.run_dir / RESULTS, results(job, store, perplexity, sizes))
     store.finish()
     return read_results(job.run_dir)
 
@@ -253,7 +254,12 @@ def fingerprint(job: Job, fp: BlockwiseModel) -> dict[str, Any]:
     return entries | {"bisup_lightning": bisup_lightning.__version__, "device": job.device.type}
 
 
-def results(job: Job, store: RunStore, perplexity: Mapping[str, Any]) -> dict[str, Any]:
+def size_on_disk(folder: Path) -> int:
+    """Bytes of a folder's weights."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def results(job: Job, store: RunStore, perplexity: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, Any]:
     """The content of results.json."""
     blocks = [
         json.loads((store.block_folder(index) / "metrics.json").read_text(encoding="utf-8"))
@@ -263,7 +269,9 @@ def results(job: Job, store: RunStore, perplexity: Mapping[str, Any]) -> dict[st
     tokens = job.data.num_samples * job.data.seq_len * len(blocks)
     on_gpu = job.device.type == "cuda"
     return {
+        "checkpoint": job.checkpoint,
         "perplexity": perplexity,
+        "bytes": dict(sizes),
         "blocks": blocks,
         "seconds": seconds,
         "tokens_per_second": tokens / seconds,

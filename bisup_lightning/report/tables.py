@@ -1,9 +1,11 @@
-"""Results as tables."""
+"""Results as tables on the terminal."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from rich.table import Table
+
+from bisup_lightning.report.run import precision_name
 
 
 def perplexity_table(results: Mapping[str, Any]) -> Table:
@@ -52,13 +54,3 @@ def comparison_table(runs: Mapping[str, Mapping[str, Any]]) -> Table:
             cells = (f"{figures['quantized']:.4f}", f"{excess:.4f}", share, f"{figures['kl']:.4f}")
             table.add_row(name, run, precision_name(results["fingerprint"]), *cells, f"{results['seconds']:.0f}")
     return table
-
-
-def precision_name(settings: Mapping[str, Any]) -> str:
-    """The field's shorthand, such as W4A4KV4 or W3A3KV3-g128."""
-
-    def bits(place: str) -> str:
-        return str(settings.get(f"precision.{place}.bits", 16))
-
-    group = settings.get("precision.weights.group_size")
-    return f"W{bits('weights')}A{bits('activations')}KV{bits('kv')}" + (f"-g{group}" if group else "")
