@@ -17,6 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from rich.console import Console
 
+from bisup_lightning.calibrate.analysis import analyze_run
 from bisup_lightning.calibrate.events import WalkCallback
 from bisup_lightning.calibrate.job import (
     Job,
@@ -86,6 +87,10 @@ def build_parser() -> LightningArgumentParser:
     predict.add_argument("--max_new_tokens", type=int, default=64, help="Most tokens to add.")
     predict.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token each time.")
     predict.add_argument("--accelerator", type=str, default="auto", help="cpu, cuda or auto.")
+    analyze = new_parser("Trace a finished run's errors down the blocks and along the text, for its report.")
+    analyze.add_argument("--run_dir", type=Path, required=True, help="A finished run.")
+    analyze.add_argument("--chunks", type=int, default=8, help="Most sequences of each text.")
+    analyze.add_argument("--accelerator", type=str, default="auto", help="cpu, cuda or auto.")
     report = new_parser("Write a finished run's report.html again.")
     report.add_argument("--run_dir", type=Path, required=True, help="A finished run.")
     compare = new_parser("Print finished runs of one model side by side.")
@@ -95,6 +100,7 @@ def build_parser() -> LightningArgumentParser:
         ("fit", fit_parser(), "quantize a checkpoint"),
         ("test", test, "measure a run or a checkpoint"),
         ("predict", predict, "complete a text with a quantized model"),
+        ("analyze", analyze, "trace a run's errors"),
         ("report", report, "write a run's report again"),
         ("compare", compare, "print runs side by side"),
     ):
@@ -231,7 +237,8 @@ def run(arguments: Sequence[str] | None = None) -> None:
         console.print(perplexity_table(results))
         console.print(f"model: {options.run_dir / 'model'}")
         if not (options.run_dir / REPORT).is_file():
-            console.print(f"report: {write_report(options.run_dir)}")
+            write_report(options.run_dir)
+        console.print(f"report: {options.run_dir / REPORT}")
     elif command == "test":
         console.print(perplexity_table({"perplexity": test(options)}))
     elif command == "predict":
@@ -241,11 +248,30 @@ def run(arguments: Sequence[str] | None = None) -> None:
         read_results(options.run_dir)
         folder = options.run_dir / "model"
         console.print(complete(folder, options.text, options.max_new_tokens, options.temperature, device), markup=False)
+    elif command == "analyze":
+        if options.chunks < 1:
+            raise UserError(f"analyze: chunks must be at least 1, not {options.chunks}")
+        analyze_run(finished_job(options.run_dir, options.accelerator), options.chunks)
+        console.print(f"report: {write_report(options.run_dir)}")
     elif command == "report":
         console.print(f"report: {write_report(options.run_dir)}")
     else:
         runs = {str(path): read_results(path) for path in options.runs}
         console.print(comparison_table(runs))
+
+
+def finished_job(run_dir: Path, accelerator: str) -> Job:
+    """What a finished run was asked for.
+
+    Raises:
+        UserError: If it is not finished.
+    """
+    read_results(run_dir)
+    parser = fit_parser()
+    config = parser.parse_path(run_dir / "config.yaml")
+    config.run_dir = run_dir
+    config.trainer.accelerator = accelerator
+    return make_job(parser, config)
 
 
 def test(options: Namespace) -> dict[str, Any]:
@@ -259,12 +285,7 @@ def test(options: Namespace) -> dict[str, Any]:
     device = device_for(options.accelerator)
     if options.checkpoint is not None:
         return evaluate_checkpoint(options.checkpoint, evaluation, prompt, options.seed, device)
-    read_results(options.run_dir)
-    parser = fit_parser()
-    config = parser.parse_path(options.run_dir / "config.yaml")
-    config.run_dir = options.run_dir
-    config.trainer.accelerator = options.accelerator
-    job = make_job(parser, config)
+    job = finished_job(options.run_dir, options.accelerator)
     return evaluate_run(replace(job, evaluation=evaluation) if evaluation.perplexity else job)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bisup_lightning.evaluate.metrics import LanguageModelMetrics
-from bisup_lightning.model.blockwise import BlockwiseModel, run_layer
+from bisup_lightning.model.blockwise import BlockwiseModel, ExactPrompt, run_layer
 from bisup_lightning.model.kv import BlockKV, KVQuantizer
 
 
@@ -49,20 +49,14 @@ def final_hidden(
         prompts: Token ids of the prompts; an empty one for none.
         batch_size: Sequences in a forward pass.
     """
-    stored = model.stored_prompt()
     hidden = [{name: model.embed(ids_NT) for name, ids_NT in sets.items()} for _ in prompts]
-    prompt_hidden = [model.embed(torch.tensor([list(prompt)]).long()) for prompt in prompts]
+    exact = [ExactPrompt(model, prompt) for prompt in prompts]
     quantizer = None if model.scheme is None else KVQuantizer.of(model.scheme)
     for index, layer in model.layers():
-        for place, prompt in enumerate(prompts):
-            kept = None
-            if prompt and stored is not None:
-                kept = stored.of_layer(index)
-            elif prompt:
-                prompt_hidden[place], kept = model.encode_prompt(index, layer, prompt_hidden[place])
-            kv = BlockKV(quantizer, kept)
-            for states_NTD in hidden[place].values():
-                positions = model.positions(index, states_NTD.shape[1], len(prompt))
+        for prompt, states in zip(exact, hidden, strict=True):
+            kv = BlockKV(quantizer, prompt.of_layer(index, layer))
+            for states_NTD in states.values():
+                positions = model.positions(index, states_NTD.shape[1], prompt.length)
                 for start in range(0, len(states_NTD), batch_size):
                     batch = states_NTD[start : start + batch_size]
                     batch.copy_(run_layer(layer, batch.to(model.device), positions, kv))

@@ -2,9 +2,10 @@
 
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +61,17 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 def decoder(model: PreTrainedModel) -> nn.Module:
     """The part of a causal language model that takes token ids and a cache."""
     return model.model
+
+
+def watch_attention(layer: nn.Module, record: Callable[[Tensor], None]) -> None:
+    """Have a layer compute its attention weights openly and hand them to `record`, [B, heads, T, P + T] each.
+
+    Such a layer takes additive masks alone, and no mask lets every token see all.
+    """
+    attention: Any = layer.self_attn
+    attention.config = copy.copy(attention.config)
+    attention.config._attn_implementation = "eager"
+    attention.register_forward_hook(lambda module, arguments, output: record(output[1]))
 
 
 @cache

@@ -121,8 +121,8 @@ def block_loss(run: Run) -> str:
 def error_propagation(run: Run) -> str:
     """Relative error of the hidden state behind every block, on calibration text and, if analysed, on other text."""
     blocks = run.results["blocks"]
-    curves = {"calibration, while calibrating": [block["relative_mse"] for block in blocks]}
-    curves |= {name: figures["relative_mse"] for name, figures in run.analysis.get("sets", {}).items()}
+    curves = {name: figures["relative_mse"] for name, figures in run.analysis.get("sets", {}).items()}
+    curves |= {"calibration": [block["relative_mse"] for block in blocks]}
     figure, axes = _axes(HALF, 3, ylabel="relative mean square error")
     for (name, values), (colour, marker) in zip(curves.items(), SERIES, strict=False):
         axes.plot(range(1, len(values) + 1), values, marker=marker, color=colour, label=name)
@@ -166,12 +166,16 @@ def time_line(run: Run) -> str:
 
 def by_position(name: str, figures: Mapping[str, Any]) -> str:
     """Relative error behind the last block by token position, with the prompt exact and quantized (paper §5.4)."""
-    figure, axes = _axes(HALF, 3, xlabel="position in the text (tokens)", ylabel="relative mean square error")
-    labels = {"prompt_exact": "prompt exact", "prompt_quantized": "prompt quantized like the rest"}
-    styles = {"prompt_exact": (BLUE, "-"), "prompt_quantized": (VERMILLION, "--")}
+    figure, axes = _axes(WIDE, 2.6, xlabel="position in the text (tokens)", ylabel="relative mean square error")
+    styles = {
+        "prompt_exact": ("prompt exact", BLUE, "-"),
+        "prompt_quantized": ("prompt quantized like the rest", VERMILLION, "--"),
+        "no_prompt": ("no prompt", BLUE, "-"),
+    }
     for key, values in figures["by_position"].items():
         x, y = _binned(values)
-        axes.plot(x, y, styles[key][1], color=styles[key][0], label=labels[key])
+        label, colour, line = styles[key]
+        axes.plot(x, y, line, color=colour, label=label)
     axes.set_ylim(bottom=0)
     axes.legend(loc="best", title=name)
     return _svg("by-position", figure)
