@@ -5,7 +5,7 @@ import logging
 import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from bisup_lightning.evaluate.perplexity import Evaluation
 from bisup_lightning.hub.generate import complete
 from bisup_lightning.quant.spec import Precision, QuantSpec
 from bisup_lightning.report.page import REPORT, write_report
-from bisup_lightning.report.tables import comparison_table, perplexity_table
+from bisup_lightning.report.tables import comparison_table, perplexity_table, zero_shot_table
 from bisup_lightning.transform.transform import NoTransform, Transform
 
 # What remains of Lightning's Trainer once the walk has decided the rest.
@@ -78,7 +78,9 @@ def build_parser() -> LightningArgumentParser:
     test.add_argument("--run_dir", type=Path | None, default=None, help="A finished run.")
     test.add_argument("--checkpoint", type=str | None, default=None, help="Or a checkpoint: folder or hub id.")
     test.add_class_arguments(Prompt, "prompt", help="Prompt for a checkpoint; a run has its own.")
-    test.add_class_arguments(Evaluation, "evaluation", help="Replaces the run's own if perplexity is given.")
+    test.add_class_arguments(
+        Evaluation, "evaluation", help="Replaces the run's own if perplexity or zero_shot is given."
+    )
     test.add_argument("--seed", type=int, default=0, help="Seed of self-generated text for a checkpoint.")
     test.add_argument("--accelerator", type=str, default="auto", help="cpu, cuda or auto.")
     predict = new_parser("Complete a text with a quantized model, behind its exact prompt.")
@@ -234,13 +236,13 @@ def run(arguments: Sequence[str] | None = None) -> None:
     if command == "fit":
         job = make_job(fit_parser(), options)
         results = fit(job)
-        console.print(perplexity_table(results))
+        print_scores(console, results)
         console.print(f"model: {options.run_dir / 'model'}")
         if not (options.run_dir / REPORT).is_file():
             write_report(options.run_dir)
         console.print(f"report: {options.run_dir / REPORT}")
     elif command == "test":
-        console.print(perplexity_table({"perplexity": test(options)}))
+        print_scores(console, test(options))
     elif command == "predict":
         device = device_for(options.accelerator)
         if options.max_new_tokens < 1 or options.temperature < 0:
@@ -260,6 +262,14 @@ def run(arguments: Sequence[str] | None = None) -> None:
         console.print(comparison_table(runs))
 
 
+def print_scores(console: Console, results: Mapping[str, Any]) -> None:
+    """Print what was measured."""
+    if results["perplexity"] or not results["zero_shot"]:
+        console.print(perplexity_table(results))
+    if results["zero_shot"]:
+        console.print(zero_shot_table(results))
+
+
 def finished_job(run_dir: Path, accelerator: str) -> Job:
     """What a finished run was asked for.
 
@@ -275,7 +285,7 @@ def finished_job(run_dir: Path, accelerator: str) -> Job:
 
 
 def test(options: Namespace) -> dict[str, Any]:
-    """Perplexity figures of a run or a checkpoint."""
+    """Perplexity and zero-shot figures of a run or a checkpoint."""
     try:
         evaluation, prompt = Evaluation(**vars(options.evaluation)), Prompt(**vars(options.prompt))
     except ValueError as error:
@@ -286,12 +296,12 @@ def test(options: Namespace) -> dict[str, Any]:
     if options.checkpoint is not None:
         return evaluate_checkpoint(options.checkpoint, evaluation, prompt, options.seed, device)
     job = finished_job(options.run_dir, options.accelerator)
-    return evaluate_run(replace(job, evaluation=evaluation) if evaluation.perplexity else job)
+    return evaluate_run(replace(job, evaluation=evaluation) if evaluation.perplexity or evaluation.zero_shot else job)
 
 
 def quieten() -> None:
     """Keep libraries from talking over the progress line; their errors still show."""
-    for name in ("lightning.pytorch", "transformers", "huggingface_hub"):
+    for name in ("lightning.pytorch", "transformers", "huggingface_hub", "lm_eval"):
         logging.getLogger(name).setLevel(logging.ERROR)
     from transformers.utils import logging as transformers_logging
 

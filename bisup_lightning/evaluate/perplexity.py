@@ -5,9 +5,11 @@ Shape suffixes: N sequences, T tokens, D hidden size, P prompt tokens, V vocabul
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from bisup_lightning.evaluate.metrics import LanguageModelMetrics
 from bisup_lightning.model.blockwise import BlockwiseModel, ExactPrompt, run_layer
@@ -23,15 +25,20 @@ class Evaluation:
         seq_len: Tokens in a chunk; null for the calibration's.
         max_chunks: Most chunks of each set; null for all.
         batch_size: Chunks in a batch.
+        zero_shot: Tasks for lm-eval: arc_challenge, arc_easy, boolq, hellaswag, piqa, winogrande, lambada_openai, or
+            .jsonl files of rows such as {"query": …, "choices": […], "gold": 0}. The whole model must fit into memory.
+        zero_shot_limit: Most documents of each task; null for all.
     """
 
     perplexity: Sequence[str] = ()
     seq_len: int | None = None
     max_chunks: int | None = None
     batch_size: int = 8
+    zero_shot: Sequence[str] = ()
+    zero_shot_limit: int | None = None
 
     def __post_init__(self) -> None:
-        for name, least in {"seq_len": 2, "max_chunks": 1, "batch_size": 1}.items():
+        for name, least in {"seq_len": 2, "max_chunks": 1, "batch_size": 1, "zero_shot_limit": 1}.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"evaluation.{name} must be at least {least}, not {value}")
@@ -89,17 +96,20 @@ def evaluate(
     sets: Mapping[str, Tensor],
     prompt: Sequence[int],
     batch_size: int,
-) -> dict[str, dict[str, float]]:
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> dict[str, dict[str, Any]]:
     """Perplexity of the full-precision model, the same behind the prompt, and the quantized model, by set.
 
     Returns:
         For each set `fp`, `fp_prompt`, and with a quantized model `quantized`, `kl` (mean divergence in nats from the
         full-precision model behind the same prompt) and `top1` (share of tokens with the same likeliest successor).
+        With a tokenizer also `word` and `byte`: the perplexities by whitespace-separated word and by UTF-8 byte of the
+        text, which models of different vocabularies share.
     """
     hidden = final_hidden(fp, sets, [(), prompt] if prompt else [()], batch_size)
     plain, prompted = hidden[0], hidden[-1]
     ours = None if quantized is None else final_hidden(quantized, sets, [prompt], batch_size)[0]
-    results = {}
+    results: dict[str, dict[str, Any]] = {}
     for name, ids_NT in sets.items():
         results[name] = {
             "fp": score(fp, plain[name], ids_NT)["perplexity"],
@@ -108,4 +118,25 @@ def evaluate(
         if quantized is not None and ours is not None:
             figures = score(quantized, ours[name], ids_NT, reference=(fp, prompted[name]))
             results[name] |= {"quantized": figures.pop("perplexity"), **figures}
+        if tokenizer is not None:
+            results[name] |= by_text_unit(results[name], ids_NT, tokenizer)
     return results
+
+
+def by_text_unit(
+    figures: Mapping[str, float], ids_NT: Tensor, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, dict[str, float]]:
+    """Perplexities by token turned into those by `word` and by `byte`: the same likelihood, shared among other units.
+
+    Args:
+        figures: Perplexities by token under `fp`, `fp_prompt` and `quantized`.
+        ids_NT: The text; all but the first token of a sequence are predicted.
+        tokenizer: Gives the words back.
+    """
+    texts = [str(tokenizer.decode(ids_T, skip_special_tokens=True)) for ids_T in ids_NT[:, 1:].tolist()]
+    counts = {"word": sum(len(text.split()) for text in texts), "byte": sum(len(text.encode()) for text in texts)}
+    tokens = ids_NT[:, 1:].numel()
+    return {
+        unit: {key: figures[key] ** (tokens / count) for key in ("fp", "fp_prompt", "quantized") if key in figures}
+        for unit, count in counts.items()
+    }

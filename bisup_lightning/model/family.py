@@ -74,13 +74,17 @@ def watch_attention(layer: nn.Module, record: Callable[[Tensor], None]) -> None:
     attention.register_forward_hook(lambda module, arguments, output: record(output[1]))
 
 
-@cache
 def cache_keyword(kind: type[nn.Module]) -> str:
     """The keyword by which a decoder, or one of its layers, takes the cache, and its output gives it back.
 
     transformers 5.24 renamed it.
     """
-    return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"
+    return "cache" if "cache" in _parameters(kind.forward) else "past_key_values"
+
+
+@cache
+def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(function).parameters)
 
 
 def online_rotation(entry: LinearInput, config: PretrainedConfig) -> int:

@@ -20,6 +20,20 @@ def perplexity_table(results: Mapping[str, Any]) -> Table:
     return table
 
 
+def zero_shot_table(results: Mapping[str, Any]) -> Table:
+    """Accuracy by task in percent, with one standard error."""
+    table = Table(title="Zero-shot accuracy (%)", title_justify="left")
+    for column in ("task", "metric", "FP", "FP behind the prompt", "quantized", "documents"):
+        table.add_column(column, justify="left" if column in ("task", "metric") else "right")
+    for name, row in results["zero_shot"].items():
+        cells = [
+            f"{100 * row[key]['value']:.2f} ± {100 * row[key]['stderr']:.2f}" if key in row else "–"
+            for key in ("fp", "fp_prompt", "quantized")
+        ]
+        table.add_row(name, row["metric"], *cells, str(row["documents"]))
+    return table
+
+
 def comparison_table(runs: Mapping[str, Mapping[str, Any]]) -> Table:
     """Several runs of one model side by side; `excess` is the distance to FP behind the prompt, relative to the first.
 

@@ -31,7 +31,17 @@ def results_of(settings=None, **changes):
     ]  # fmt: skip
     results = {
         "checkpoint": "models/<tiny>",
-        "perplexity": {"wikitext2": {"fp": 11.0, "fp_prompt": 10.0, "quantized": 12.5, "kl": 0.125, "top1": 0.75}},
+        "perplexity": {
+            "wikitext2": {
+                "fp": 11.0,
+                "fp_prompt": 10.0,
+                "quantized": 12.5,
+                "kl": 0.125,
+                "top1": 0.75,
+                "word": {"fp": 40.0, "fp_prompt": 36.0, "quantized": 49.0},
+                "byte": {"fp": 1.9, "fp_prompt": 1.8, "quantized": 2.0},
+            }
+        },
         "zero_shot": {},
         "bytes": {"checkpoint": 3_145_728, "model": 1_048_576},
         "blocks": blocks,

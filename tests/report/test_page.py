@@ -61,7 +61,7 @@ def test_the_summary_says_what_was_gained_and_at_what_price(page):
 
 
 def test_tables_hold_every_figure(page):
-    assert "wikitext2 11.0000 10.0000 12.5000 +25.0 % 0.1250 75.0 %" in page.text
+    assert "wikitext2 11.0000 10.0000 12.5000 +25.0 % 0.1250 75.0 % 49.00 2.0000" in page.text
     assert "device an abacus torch 2.13.0 python 3.11.7" in page.text
     assert "checkpoint: models/<tiny> seed: 0" in page.text
     assert "Zero-shot" not in page.text
