@@ -33,8 +33,10 @@ from bisup_lightning.errors import UserError
 from bisup_lightning.evaluate.perplexity import Evaluation
 from bisup_lightning.hub.generate import complete
 from bisup_lightning.quant.spec import Precision, QuantSpec
+from bisup_lightning.report.compare import tables_of, write_tables
 from bisup_lightning.report.page import REPORT, write_report
-from bisup_lightning.report.tables import comparison_table, perplexity_table, zero_shot_table
+from bisup_lightning.report.run import Run
+from bisup_lightning.report.tables import comparison_table, perplexity_table, text_table, zero_shot_table
 from bisup_lightning.transform.transform import NoTransform, Transform
 
 # What remains of Lightning's Trainer once the walk has decided the rest.
@@ -95,8 +97,9 @@ def build_parser() -> LightningArgumentParser:
     analyze.add_argument("--accelerator", type=str, default="auto", help="cpu, cuda or auto.")
     report = new_parser("Write a finished run's report.html again.")
     report.add_argument("--run_dir", type=Path, required=True, help="A finished run.")
-    compare = new_parser("Print finished runs of one model side by side.")
+    compare = new_parser("Print finished runs side by side, and in the layout of the paper's tables.")
     compare.add_argument("runs", type=Path, nargs="+", help="Run directories; the first is the baseline.")
+    compare.add_argument("--output", type=Path | None, default=None, help="Where to write the paper's tables.")
     commands = parser.add_subcommands(required=True)
     for name, sub, line in (
         ("fit", fit_parser(), "quantize a checkpoint"),
@@ -258,8 +261,14 @@ def run(arguments: Sequence[str] | None = None) -> None:
     elif command == "report":
         console.print(f"report: {write_report(options.run_dir)}")
     else:
-        runs = {str(path): read_results(path) for path in options.runs}
-        console.print(comparison_table(runs))
+        runs = {str(path): Run.read(path) for path in options.runs}
+        console.print(comparison_table({name: run.results for name, run in runs.items()}))
+        tables = tables_of(list(runs.values()))
+        for table in tables:
+            console.print(text_table(table.title, table.header, table.rows))
+        if options.output is not None:
+            write_tables(options.output, tables)
+            console.print(f"tables: {options.output}/compare.md, .csv, .tex")
 
 
 def print_scores(console: Console, results: Mapping[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """Results as tables on the terminal."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -17,6 +17,16 @@ def perplexity_table(results: Mapping[str, Any]) -> Table:
     for name, figures in results["perplexity"].items():
         cells = [f"{figures[key]:.4f}" if key in figures else "–" for key in ("fp", "fp_prompt", "quantized", "kl")]
         table.add_row(name, *cells, f"{figures['top1']:.1%}" if "top1" in figures else "–")
+    return table
+
+
+def text_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Any table of text."""
+    table = Table(title=title, title_justify="left")
+    for column in header:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*row)
     return table
 
 
