@@ -221,6 +221,7 @@ def evaluation_sets(
     length = wanted.seq_len or default_length
     sets = {}
     for source in wanted.perplexity:
+        corpus.check_source("evaluation.perplexity", source)
         if source == "self":
             count, folder = wanted.max_chunks or 64, fp.checkpoint.folder
             sets[source] = corpus.self_generated(folder, count, length, seed + corpus.HELD_OUT, fp.device)

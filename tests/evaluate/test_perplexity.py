@@ -167,6 +167,17 @@ def test_test_of_a_checkpoint_is_that_of_the_run_over_it(make_checkpoint, fit, t
     }
 
 
+@pytest.mark.parametrize("place", ["run", "checkpoint"])
+def test_an_unknown_set_is_answered_with_the_known(make_checkpoint, fit, tmp_path, capsys, place):
+    folder = make_checkpoint()
+    given = f"--run_dir={fit(folder, tmp_path / 'run', RTN)}" if place == "run" else f"--checkpoint={folder}"
+    capsys.readouterr()
+    assert cli.main(["test", given, "--evaluation.perplexity=[wikitext3]", "--accelerator=cpu"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    for word in ("evaluation.perplexity", "wikitext3", "wikitext2", "c4_new", ".jsonl"):
+        assert word in line
+
+
 def test_two_files_of_one_name_are_two_sets(make_checkpoint, fit, tmp_path, text_file):
     """…/a/text.txt and …/b/text.txt: neither may vanish behind the other."""
     other = tmp_path / "elsewhere" / text_file.name
