@@ -105,9 +105,9 @@ def build_parser() -> LightningArgumentParser:
         ("fit", fit_parser(), "quantize a checkpoint"),
         ("test", test, "measure a run or a checkpoint"),
         ("predict", predict, "complete a text with a quantized model"),
+        ("compare", compare, "print runs side by side"),
         ("analyze", analyze, "trace a run's errors"),
         ("report", report, "write a run's report again"),
-        ("compare", compare, "print runs side by side"),
     ):
         commands.add_subcommand(name, sub, help=line)
     return parser
@@ -150,7 +150,7 @@ def trainer_factory(settings: Namespace, callbacks: Sequence[Callback], logs: Pa
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     """Nested settings by dotted key."""
     if not isinstance(value, dict):
-        return {prefix: value}
+        return {prefix: list(value) if isinstance(value, tuple) else value}  # as JSON gives it back
     leaves: dict[str, Any] = {}
     for name, child in value.items():
         leaves |= flatten(child, f"{prefix}.{name}" if prefix else name)

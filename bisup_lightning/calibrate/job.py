@@ -332,10 +332,10 @@ def evaluate_checkpoint(
     Raises:
         UserError: If it can't be used, or there is nothing to measure.
     """
+    fp, tokenizer = open_checkpoint(checkpoint, device)
     if not evaluation.perplexity and not evaluation.zero_shot:
         raise UserError("evaluation.perplexity: name at least one set, such as '[wikitext2]', or evaluation.zero_shot")
     check_tasks(evaluation.zero_shot)
-    fp, tokenizer = open_checkpoint(checkpoint, device)
     sets = evaluation_sets(evaluation, 2048, seed, fp, tokenizer)
     ids = prompt.ids(tokenizer, fp.family.config)
     return {
