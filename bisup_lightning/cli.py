@@ -8,7 +8,7 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 
+from bisup_lightning.calibrate.analysis import analyze_run
 from bisup_lightning.calibrate.events import WalkCallback
 from bisup_lightning.calibrate.job import (
     Compile,
@@ -40,7 +41,10 @@ from bisup_lightning.evaluate.perplexity import Evaluation
 from bisup_lightning.hub.audit import AuditError
 from bisup_lightning.hub.generate import complete
 from bisup_lightning.quant.spec import Precision, QuantSpec
-from bisup_lightning.report import comparison_table, perplexity_table
+from bisup_lightning.report.compare import tables_of, write_tables
+from bisup_lightning.report.page import REPORT, write_report
+from bisup_lightning.report.run import Run
+from bisup_lightning.report.tables import comparison_table, perplexity_table, text_table, zero_shot_table
 from bisup_lightning.transform.transform import NoTransform, Transform
 
 # What remains of Lightning's Trainer once the walk has decided the rest.
@@ -101,7 +105,9 @@ def build_parser() -> LightningArgumentParser:
     test.add_argument("--run_dir", type=Path | None, default=None, help="A finished run.")
     test.add_argument("--checkpoint", type=str | None, default=None, help="Or a checkpoint: folder or hub id.")
     test.add_class_arguments(Prompt, "prompt", help="Prompt for a checkpoint; a run has its own.")
-    test.add_class_arguments(Evaluation, "evaluation", help="Replaces the run's own if perplexity is given.")
+    test.add_class_arguments(
+        Evaluation, "evaluation", help="Replaces the run's own if perplexity or zero_shot is given."
+    )
     test.add_argument("--seed", type=int, default=0, help="Seed of self-generated text for a checkpoint.")
     test.add_argument("--accelerator", type=str, default="auto", help="cpu, cuda or auto.")
     predict = new_parser("Complete a text with a quantized model, behind its exact prompt.")
@@ -110,8 +116,15 @@ def build_parser() -> LightningArgumentParser:
     predict.add_argument("--max_new_tokens", type=int, default=64, help="Most tokens to add.")
     predict.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token each time.")
     predict.add_argument("--accelerator", type=str, default="auto", help="cpu, cuda or auto.")
-    compare = new_parser("Print finished runs of one model side by side.")
+    analyze = new_parser("Trace a finished run's errors down the blocks and along the text, for its report.")
+    analyze.add_argument("--run_dir", type=Path, required=True, help="A finished run.")
+    analyze.add_argument("--chunks", type=int, default=8, help="Most sequences of each text.")
+    analyze.add_argument("--accelerator", type=str, default="auto", help="cpu, cuda or auto.")
+    report = new_parser("Write a finished run's report.html again.")
+    report.add_argument("--run_dir", type=Path, required=True, help="A finished run.")
+    compare = new_parser("Print finished runs side by side, and in the layout of the paper's tables.")
     compare.add_argument("runs", type=Path, nargs="+", help="Run directories; the first is the baseline.")
+    compare.add_argument("--output", type=Path | None, default=None, help="Where to write the paper's tables.")
     parser.add_argument(
         TRUST, action="append", metavar="MODULE", help="Module whose classes a configuration may name; see README."
     )
@@ -121,6 +134,8 @@ def build_parser() -> LightningArgumentParser:
         ("test", test, "measure a run or a checkpoint"),
         ("predict", predict, "complete a text with a quantized model"),
         ("compare", compare, "print runs side by side"),
+        ("analyze", analyze, "trace a run's errors"),
+        ("report", report, "write a run's report again"),
     ):
         commands.add_subcommand(name, sub, help=line)
     return parser
@@ -163,7 +178,7 @@ def trainer_factory(settings: Namespace, callbacks: Sequence[Callback], logs: Pa
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     """Nested settings by dotted key."""
     if not isinstance(value, dict):
-        return {prefix: value}
+        return {prefix: list(value) if isinstance(value, tuple) else value}  # as JSON gives it back
     leaves: dict[str, Any] = {}
     for name, child in value.items():
         leaves |= flatten(child, f"{prefix}.{name}" if prefix else name)
@@ -280,10 +295,13 @@ def run(arguments: Sequence[str], signals: Signals) -> None:
     if command == "fit":
         job = make_job(fit_parser(), options, signals)
         results = fit(job)
-        console.print(perplexity_table(results))
+        print_scores(console, results)
         console.print(f"model: {options.run_dir / 'model'}")
+        if not (options.run_dir / REPORT).is_file():
+            write_report(options.run_dir)
+        console.print(f"report: {options.run_dir / REPORT}")
     elif command == "test":
-        console.print(perplexity_table({"perplexity": test(options, signals)}))
+        print_scores(console, test(options, signals))
     elif command == "predict":
         device = device_for(options.accelerator)
         if options.max_new_tokens < 1 or options.temperature < 0:
@@ -291,13 +309,48 @@ def run(arguments: Sequence[str], signals: Signals) -> None:
         read_results(options.run_dir)
         folder = options.run_dir / "model"
         console.print(complete(folder, options.text, options.max_new_tokens, options.temperature, device), markup=False)
+    elif command == "analyze":
+        if options.chunks < 1:
+            raise UserError(f"analyze: chunks must be at least 1, not {options.chunks}")
+        analyze_run(finished_job(options.run_dir, options.accelerator, signals), options.chunks)
+        console.print(f"report: {write_report(options.run_dir)}")
+    elif command == "report":
+        console.print(f"report: {write_report(options.run_dir)}")
     else:
-        runs = {str(path): read_results(path) for path in options.runs}
-        console.print(comparison_table(runs))
+        runs = {str(path): Run.read(path) for path in options.runs}
+        console.print(comparison_table({name: run.results for name, run in runs.items()}))
+        tables = tables_of(list(runs.values()))
+        for table in tables:
+            console.print(text_table(table.title, table.header, table.rows))
+        if options.output is not None:
+            write_tables(options.output, tables)
+            console.print(f"tables: {options.output}/compare.md, .csv, .tex")
+
+
+def print_scores(console: Console, results: Mapping[str, Any]) -> None:
+    """Print what was measured."""
+    if results["perplexity"] or not results["zero_shot"]:
+        console.print(perplexity_table(results))
+    if results["zero_shot"]:
+        console.print(zero_shot_table(results))
+
+
+def finished_job(run_dir: Path, accelerator: str, signals: Signals) -> Job:
+    """What a finished run was asked for.
+
+    Raises:
+        UserError: If it is not finished.
+    """
+    read_results(run_dir)
+    parser = fit_parser()
+    config = parser.parse_path(run_dir / CONFIG)
+    config.run_dir = run_dir
+    config.trainer.accelerator = accelerator
+    return make_job(parser, config, signals)
 
 
 def test(options: Namespace, signals: Signals) -> dict[str, Any]:
-    """Perplexity figures of a run or a checkpoint."""
+    """Perplexity and zero-shot figures of a run or a checkpoint."""
     try:
         evaluation, prompt = Evaluation(**vars(options.evaluation)), Prompt(**vars(options.prompt))
     except ValueError as error:
@@ -307,19 +360,14 @@ def test(options: Namespace, signals: Signals) -> dict[str, Any]:
     device = device_for(options.accelerator)
     if options.checkpoint is not None:
         return evaluate_checkpoint(options.checkpoint, evaluation, prompt, options.seed, device)
-    read_results(options.run_dir)
-    parser = fit_parser()
-    config = parser.parse_path(options.run_dir / CONFIG)
-    config.run_dir = options.run_dir
-    config.trainer.accelerator = options.accelerator
-    job = make_job(parser, config, signals)
-    return evaluate_run(replace(job, evaluation=evaluation) if evaluation.perplexity else job)
+    job = finished_job(options.run_dir, options.accelerator, signals)
+    return evaluate_run(replace(job, evaluation=evaluation) if evaluation.perplexity or evaluation.zero_shot else job)
 
 
 def quieten() -> None:
     """Keep libraries from talking over the progress line; their errors, and this package's warnings, still show."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    for name in ("lightning.pytorch", "transformers", "huggingface_hub"):
+    for name in ("lightning.pytorch", "transformers", "huggingface_hub", "lm_eval"):
         logging.getLogger(name).setLevel(logging.ERROR)
     from transformers.utils import logging as transformers_logging
 

@@ -67,7 +67,7 @@ def test_base_names_everything_but_the_checkpoint_and_the_place():
     assert (precision.kv.symmetric, precision.kv.granularity) == (False, "head")
     assert (data.num_samples, data.seq_len, data.batch_size) == (128, 2048, 8)
     assert [type(callback).__name__ for callback in objects.trainer.callbacks] == [
-        "BF16", "Fuse", "BlockCheckpoint", "WalkProgress",
+        "BF16", "Fuse", "BlockCheckpoint", "WalkProgress", "Telemetry", "ThetaStatistics", "BlockLog",
     ]  # fmt: skip
 
 

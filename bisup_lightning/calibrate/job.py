@@ -13,7 +13,7 @@ import lightning
 import torch
 import transformers
 from lightning.pytorch import Callback, Trainer
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import bisup_lightning
 from bisup_lightning.calibrate.driver import BlockWalk
@@ -27,8 +27,9 @@ from bisup_lightning.data.corpus import CalibrationData
 from bisup_lightning.data.prompt import Prompt
 from bisup_lightning.errors import UserError
 from bisup_lightning.evaluate.perplexity import Evaluation, evaluate
+from bisup_lightning.evaluate.zero_shot import check_tasks, zero_shot
 from bisup_lightning.files import sha256
-from bisup_lightning.hub.audit import open_quantized
+from bisup_lightning.hub.load import load_behind_prompt, load_quantized, open_quantized
 from bisup_lightning.hub.save import save_model
 from bisup_lightning.model.block import check_scheme
 from bisup_lightning.model.blockwise import BlockwiseModel
@@ -132,8 +133,11 @@ def fit(job: Job) -> dict[str, Any]:
             save_model(model, transformed, store.block_digests(), scheme, prompt_ids, plain.dtype, probe_BT)
             store.publish_model()
         quantized = open_quantized(model, job.device)
-        perplexity = evaluate(plain, quantized, sets, prompt_ids, job.evaluation.batch_size)
-        store.finish(results(job, store, perplexity))
+        perplexity = evaluate(plain, quantized, sets, prompt_ids, job.evaluation.batch_size, tokenizer)
+        checkpoint = plain.checkpoint.folder
+        scores = score_models(checkpoint, model, tokenizer, prompt_ids, job.evaluation, plain.dtype, job.device)
+        sizes = {"checkpoint": size_on_disk(checkpoint), "model": size_on_disk(model)}
+        store.finish(results(job, store, perplexity, scores, sizes))
     return read_results(job.run_dir)
 
 
@@ -208,6 +212,7 @@ def check(job: Job, plain: BlockwiseModel, scheme: Scheme) -> None:
     check_tokens(job, plain)
     for source in job.evaluation.perplexity:
         corpus.check_source("evaluation.perplexity", source)
+    check_tasks(job.evaluation.zero_shot)
     if not any(isinstance(callback, WalkCallback) and callback.saves_blocks for callback in job.callbacks):
         raise UserError(
             "trainer.callbacks: none saves the blocks; add callbacks.checkpoint.BlockCheckpoint as in configs/base.yaml"
@@ -262,6 +267,7 @@ def evaluation_sets(
     length = wanted.seq_len or default_length
     sets = {}
     for source in wanted.perplexity:
+        corpus.check_source("evaluation.perplexity", source)
         if source == "self":
             count, folder = wanted.max_chunks or 64, fp.checkpoint.folder
             sets[source] = corpus.self_generated(folder, count, length, seed + corpus.HELD_OUT, fp.device)
@@ -293,20 +299,30 @@ def fingerprint(job: Job, fp: BlockwiseModel) -> dict[str, Any]:
     tokenizer = (path for pattern in TOKENIZER_FILES for path in sorted(folder.glob(pattern)))
     for path in [folder / "config.json", *tokenizer, *fp.checkpoint.shards]:
         entries[f"checkpoint/{path.name}"] = sha256(path)
-    for source in {job.data.calibration, *job.evaluation.perplexity}:
+    for source in {job.data.calibration, *job.evaluation.perplexity, *job.evaluation.zero_shot}:
         if Path(source).is_file():
             entries[f"text/{source}"] = sha256(Path(source))
     return entries | {"bisup_lightning": bisup_lightning.__version__, "device": job.device.type}
 
 
-def results(job: Job, store: RunStore, perplexity: Mapping[str, Any]) -> dict[str, Any]:
+def size_on_disk(folder: Path) -> int:
+    """Bytes of a folder's weights."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def results(
+    job: Job, store: RunStore, perplexity: Mapping[str, Any], zero_shot: Mapping[str, Any], sizes: Mapping[str, int]
+) -> dict[str, Any]:
     """The content of results.json."""
     blocks = [json.loads(path.with_name(METRICS).read_text(encoding="utf-8")) for path in store.block_digests()]
     seconds = sum(block["seconds"] for block in blocks)
     tokens = job.data.num_samples * job.data.seq_len * len(blocks)
     on_gpu = job.device.type == "cuda"
     return {
+        "checkpoint": job.checkpoint,
         "perplexity": perplexity,
+        "zero_shot": zero_shot,
+        "bytes": dict(sizes),
         "blocks": blocks,
         "seconds": seconds,
         "tokens_per_second": tokens / seconds,
@@ -338,23 +354,73 @@ def read_results(run_dir: Path) -> dict[str, Any]:
 
 
 def evaluate_run(job: Job) -> dict[str, Any]:
-    """Measure a finished run's model again, as `fit` did; the content of results.json's `perplexity`."""
+    """Measure a finished run's model again, as `fit` did: `perplexity` and `zero_shot` of results.json."""
+    check_tasks(job.evaluation.zero_shot)
     fp, tokenizer = open_checkpoint(job.checkpoint, job.device)
     sets = evaluation_sets(job.evaluation, job.data.seq_len, job.seed, fp, tokenizer)
-    quantized = open_quantized(job.run_dir / "model", job.device)
-    return evaluate(fp, quantized, sets, job.prompt.ids(tokenizer, fp.family.config), job.evaluation.batch_size)
+    model, prompt = job.run_dir / "model", job.prompt.ids(tokenizer, fp.family.config)
+    quantized = open_quantized(model, job.device)
+    folder = fp.checkpoint.folder
+    return {
+        "perplexity": evaluate(fp, quantized, sets, prompt, job.evaluation.batch_size, tokenizer),
+        "zero_shot": score_models(folder, model, tokenizer, prompt, job.evaluation, fp.dtype, job.device),
+    }
 
 
 def evaluate_checkpoint(
     checkpoint: str, evaluation: Evaluation, prompt: Prompt, seed: int, device: torch.device
 ) -> dict[str, Any]:
-    """Measure a full-precision checkpoint, plain and behind a prompt.
+    """Measure a full-precision checkpoint, plain and behind a prompt: `perplexity` and `zero_shot`.
 
     Raises:
         UserError: If it can't be used, or there is nothing to measure.
     """
     fp, tokenizer = open_checkpoint(checkpoint, device)
-    if not evaluation.perplexity:
-        raise UserError("evaluation.perplexity: name at least one set, such as '[wikitext2]'")
+    if not evaluation.perplexity and not evaluation.zero_shot:
+        raise UserError("evaluation.perplexity: name at least one set, such as '[wikitext2]', or evaluation.zero_shot")
+    check_tasks(evaluation.zero_shot)
     sets = evaluation_sets(evaluation, 2048, seed, fp, tokenizer)
-    return evaluate(fp, None, sets, prompt.ids(tokenizer, fp.family.config), evaluation.batch_size)
+    ids = prompt.ids(tokenizer, fp.family.config)
+    return {
+        "perplexity": evaluate(fp, None, sets, ids, evaluation.batch_size, tokenizer),
+        "zero_shot": score_models(fp.checkpoint.folder, None, tokenizer, ids, evaluation, fp.dtype, device),
+    }
+
+
+def score_models(
+    folder: Path,
+    quantized: Path | None,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Sequence[int],
+    evaluation: Evaluation,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Zero-shot scores by task: `metric`, `documents`, and `value` and `stderr` of each model, loaded one by one.
+
+    Args:
+        folder: The full-precision checkpoint: `fp`, and `fp_prompt` behind the prompt.
+        quantized: A run's `model/`, which has its own prompt: `quantized`.
+        tokenizer: Of all of them.
+        prompt: Token ids of the prompt.
+        evaluation: Names the tasks.
+        dtype: What the full-precision model computes in.
+        device: Where.
+    """
+    if not evaluation.zero_shot:
+        return {}
+    load: dict[str, Callable[[], PreTrainedModel]] = {
+        "fp": lambda: load_behind_prompt(folder, (), dtype, device),
+        "fp_prompt": lambda: load_behind_prompt(folder, prompt, dtype, device),
+    }
+    if quantized is not None:
+        load["quantized"] = lambda: load_quantized(quantized, device)
+    scores: dict[str, dict[str, Any]] = {}
+    for key, load_model in load.items():
+        found = zero_shot(
+            load_model(), tokenizer, evaluation.zero_shot, evaluation.zero_shot_limit, evaluation.batch_size
+        )
+        for task, score in found.items():
+            row = scores.setdefault(task, {"metric": score.metric, "documents": score.documents})
+            row[key] = {"value": score.value, "stderr": score.stderr}
+    return scores

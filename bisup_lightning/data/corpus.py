@@ -172,13 +172,13 @@ def _random_slices(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, seq
     slices: list[Tensor] = []
     for index in torch.randperm(len(texts), generator=generator).tolist():
         ids = tokenize(texts[index], tokenizer)
-        if len(ids) > seq_len:
-            start = int(torch.randint(0, len(ids) - seq_len, (1,), generator=generator))
+        if len(ids) >= seq_len:
+            start = int(torch.randint(0, len(ids) - seq_len + 1, (1,), generator=generator))
             slices.append(ids[start : start + seq_len])
         if len(slices) == 256:
             break
     if not slices:
-        raise UserError(f"evaluation.perplexity: no document of c4 has more than evaluation.seq_len = {seq_len} tokens")
+        raise UserError(f"evaluation.perplexity: no document of c4 has evaluation.seq_len = {seq_len} tokens")
     return torch.stack(slices)
 
 

@@ -5,12 +5,14 @@ Shape suffixes: N sequences, T tokens, D hidden size, P prompt tokens, V vocabul
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from bisup_lightning.evaluate.metrics import LanguageModelMetrics
-from bisup_lightning.model.blockwise import BlockwiseModel, run_layer
+from bisup_lightning.model.blockwise import BlockwiseModel, ExactPrompt, run_layer
 from bisup_lightning.model.kv import BlockKV, KVQuantizer
 
 
@@ -23,15 +25,20 @@ class Evaluation:
         seq_len: Tokens in a chunk; null for the calibration's.
         max_chunks: Most chunks of each set; null for all.
         batch_size: Chunks in a batch.
+        zero_shot: Tasks for lm-eval: arc_challenge, arc_easy, boolq, hellaswag, piqa, winogrande, lambada_openai, or
+            .jsonl files of rows such as {"query": …, "choices": […], "gold": 0}. The whole model must fit into memory.
+        zero_shot_limit: Most documents of each task; null for all.
     """
 
     perplexity: Sequence[str] = ()
     seq_len: int | None = None
     max_chunks: int | None = None
     batch_size: int = 8
+    zero_shot: Sequence[str] = ()
+    zero_shot_limit: int | None = None
 
     def __post_init__(self) -> None:
-        for name, least in {"seq_len": 2, "max_chunks": 1, "batch_size": 1}.items():
+        for name, least in {"seq_len": 2, "max_chunks": 1, "batch_size": 1, "zero_shot_limit": 1}.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"evaluation.{name} must be at least {least}, not {value}")
@@ -49,20 +56,14 @@ def final_hidden(
         prompts: Token ids of the prompts; an empty one for none.
         batch_size: Sequences in a forward pass.
     """
-    stored = model.stored_prompt()
     hidden = [{name: model.embed(ids_NT) for name, ids_NT in sets.items()} for _ in prompts]
-    prompt_hidden = [model.embed(torch.tensor([list(prompt)]).long()) for prompt in prompts]
+    exact = [ExactPrompt(model, prompt) for prompt in prompts]
     quantizer = None if model.scheme is None else KVQuantizer.of(model.scheme)
     for index, layer in model.layers():
-        for place, prompt in enumerate(prompts):
-            kept = None
-            if prompt and stored is not None:
-                kept = stored.of_layer(index)
-            elif prompt:
-                prompt_hidden[place], kept = model.encode_prompt(index, layer, prompt_hidden[place])
-            kv = BlockKV(quantizer, kept)
-            for states_NTD in hidden[place].values():
-                positions = model.positions(index, states_NTD.shape[1], len(prompt))
+        for prompt, states in zip(exact, hidden, strict=True):
+            kv = BlockKV(quantizer, prompt.of_layer(index, layer))
+            for states_NTD in states.values():
+                positions = model.positions(index, states_NTD.shape[1], prompt.length)
                 for start in range(0, len(states_NTD), batch_size):
                     batch = states_NTD[start : start + batch_size]
                     batch.copy_(run_layer(layer, batch.to(model.device), positions, kv))
@@ -95,17 +96,20 @@ def evaluate(
     sets: Mapping[str, Tensor],
     prompt: Sequence[int],
     batch_size: int,
-) -> dict[str, dict[str, float]]:
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> dict[str, dict[str, Any]]:
     """Perplexity of the full-precision model, the same behind the prompt, and the quantized model, by set.
 
     Returns:
         For each set `fp`, `fp_prompt`, and with a quantized model `quantized`, `kl` (mean divergence in nats from the
         full-precision model behind the same prompt) and `top1` (share of tokens with the same likeliest successor).
+        With a tokenizer also `word` and `byte`: the perplexities by whitespace-separated word and by UTF-8 byte of the
+        text, which models of different vocabularies share.
     """
     hidden = final_hidden(fp, sets, [(), prompt] if prompt else [()], batch_size)
     plain, prompted = hidden[0], hidden[-1]
     ours = None if quantized is None else final_hidden(quantized, sets, [prompt], batch_size)[0]
-    results = {}
+    results: dict[str, dict[str, Any]] = {}
     for name, ids_NT in sets.items():
         results[name] = {
             "fp": score(fp, plain[name], ids_NT)["perplexity"],
@@ -114,4 +118,25 @@ def evaluate(
         if quantized is not None and ours is not None:
             figures = score(quantized, ours[name], ids_NT, reference=(fp, prompted[name]))
             results[name] |= {"quantized": figures.pop("perplexity"), **figures}
+        if tokenizer is not None:
+            results[name] |= by_text_unit(results[name], ids_NT, tokenizer)
     return results
+
+
+def by_text_unit(
+    figures: Mapping[str, float], ids_NT: Tensor, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, dict[str, float]]:
+    """Perplexities by token turned into those by `word` and by `byte`: the same likelihood, shared among other units.
+
+    Args:
+        figures: Perplexities by token under `fp`, `fp_prompt` and `quantized`.
+        ids_NT: The text; all but the first token of a sequence are predicted.
+        tokenizer: Gives the words back.
+    """
+    texts = [str(tokenizer.decode(ids_T, skip_special_tokens=True)) for ids_T in ids_NT[:, 1:].tolist()]
+    counts = {"word": sum(len(text.split()) for text in texts), "byte": sum(len(text.encode()) for text in texts)}
+    tokens = ids_NT[:, 1:].numel()
+    return {
+        unit: {key: figures[key] ** (tokens / count) for key in ("fp", "fp_prompt", "quantized") if key in figures}
+        for unit, count in counts.items()
+    }

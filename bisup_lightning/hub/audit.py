@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from bisup_lightning.files import sha256
+from bisup_lightning.hub.load import open_quantized
 from bisup_lightning.hub.quantizer import BisupConfig
 from bisup_lightning.model.block import pack_layer
 from bisup_lightning.model.blockwise import PROMPT, BlockwiseModel
@@ -16,11 +17,6 @@ from bisup_lightning.model.kv import PromptKV
 
 class AuditError(RuntimeError):
     """A folder is not the quantized model that it should be; the message says where."""
-
-
-def open_quantized(folder: Path, device: torch.device) -> BlockwiseModel:
-    """A run's `model/` folder, to be computed block by block."""
-    return BlockwiseModel(folder, device, scheme=BisupConfig.of_folder(folder).read_scheme())
 
 
 def audit(folder: Path, digests: Sequence[str], probe_BT: Tensor, device: torch.device) -> None:

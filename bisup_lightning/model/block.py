@@ -214,6 +214,27 @@ def theta_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in layer.named_parameters() if parameter.requires_grad}
 
 
+def theta_by_kind(layer: nn.Module) -> dict[str, list[Tensor]]:
+    """The values of a layer's Θ: `weight_clip`, `activation_clip`, `s1`, `s2` and `low_rank`, the products AB [O, I].
+
+    Kinds that nothing in the layer has are left out; so are clip values of what is not quantized.
+    """
+    kinds: dict[str, list[Tensor]] = {}
+    for module in layer.modules():
+        if isinstance(module, QuantNorm) and module.smoothing is not None:
+            kinds.setdefault("s1", []).append(module.smoothing)
+        if isinstance(module, InputQuantizer | QuantLinear):
+            kind = "weight_clip" if isinstance(module, QuantLinear) else "activation_clip"
+            pairs = zip(module.segments, module.clips, strict=True)
+            kinds.setdefault(kind, []).extend(clip for segment, clip in pairs if segment.spec is not None)
+        if isinstance(module, QuantLinear) and module.smoothing is not None:
+            s_I = module.smoothing
+            kinds.setdefault("s2", []).append(1 / s_I if module.smoothing_is_inverse else s_I)
+        if isinstance(module, QuantLinear) and module.low_rank_a is not None and module.low_rank_b is not None:
+            kinds.setdefault("low_rank", []).append(module.low_rank_a @ module.low_rank_b)
+    return {kind: tensors for kind, tensors in kinds.items() if tensors}
+
+
 @torch.no_grad()
 def fuse_layer(layer: nn.Module) -> nn.Module:
     """Fold Θ into norms and integer weights, in place.

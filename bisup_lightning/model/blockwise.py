@@ -3,7 +3,7 @@
 Shape suffixes: B sequences, T tokens, D hidden size, P prompt tokens, V vocabulary.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -45,6 +45,30 @@ def run_layer(layer: nn.Module, hidden_BTD: Tensor, positions: Positions, kv: Bl
 def run_layer_fast(layer: nn.Module, hidden_BTD: Tensor, positions: Positions, kv: BlockKV) -> Tensor:
     """As `run_layer`; on a GPU through one graph for all blocks, whose last digits may differ."""
     return run_layer(layer, hidden_BTD, positions, kv)
+
+
+class ExactPrompt:
+    """The keys and values of a prompt in one block after another, for a walk over all blocks in order.
+
+    Args:
+        model: Full-precision, then it encodes the prompt as the walk goes; or quantized with a stored prompt, which
+            replaces the named one.
+        ids: Token ids of the prompt; empty for none.
+    """
+
+    def __init__(self, model: "BlockwiseModel", ids: Sequence[int]) -> None:
+        self.model, self.length = model, len(ids)
+        self.stored = model.stored_prompt() if ids else None
+        self.hidden_1PD = model.embed(torch.tensor([list(ids)]).long())
+
+    def of_layer(self, index: int, layer: nn.Module) -> KeyValue | None:
+        """Keys and values [H, P, d] in block `index`, or None without a prompt."""
+        if not self.length:
+            return None
+        if self.stored is not None:
+            return self.stored.of_layer(index)
+        self.hidden_1PD, kept = self.model.encode_prompt(index, layer, self.hidden_1PD)
+        return kept
 
 
 class BlockwiseModel:

@@ -1,8 +1,9 @@
 """What a checkpoint's architecture calls its parts. The only file that names Hugging Face attributes."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import transformers
@@ -62,6 +63,17 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 def decoder(model: PreTrainedModel) -> nn.Module:
     """The part of a causal language model that takes token ids and a cache."""
     return model.model
+
+
+def watch_attention(layer: nn.Module, record: Callable[[Tensor], None]) -> None:
+    """Have a layer compute its attention weights openly and hand them to `record`, [B, heads, T, P + T] each.
+
+    Such a layer takes additive masks alone, and no mask lets every token see all.
+    """
+    attention: Any = layer.self_attn
+    attention.config = copy.copy(attention.config)
+    attention.config._attn_implementation = "eager"
+    attention.register_forward_hook(lambda module, arguments, output: record(output[1]))
 
 
 def online_rotation(entry: LinearInput, config: PretrainedConfig) -> int:

@@ -180,6 +180,13 @@ def test_c4_takes_256_random_slices_of_documents_that_are_long_enough(tokenizer,
     assert len(set(firsts)) > 10
 
 
+def test_c4_takes_a_document_of_exactly_one_slice(tokenizer, named):
+    text = "river stone cloud letter"
+    ids = torch.tensor(tokenizer(text)["input_ids"])
+    named([text, "winter"])
+    assert torch.equal(evaluation_tokens("c4", tokenizer, len(ids), None), ids[None])
+
+
 def test_c4_slices_do_not_depend_on_anything_global(tokenizer, named):
     named(long_documents(40, 60))
     random.seed(1)

@@ -1,6 +1,7 @@
 """Perplexity block by block is that of the whole model, judged by transformers and torchmetrics."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -123,9 +124,9 @@ def test_test_gives_the_numbers_of_the_run(make_checkpoint, fit, tmp_path, setti
     run = fit(make_checkpoint(), tmp_path / "run", RTN, *settings)
     options = cli.build_parser().parse_args(["test", f"--run_dir={run}", "--accelerator=cpu"]).test
     recorded = json.loads((run / "results.json").read_text(encoding="utf-8"))["perplexity"]
-    assert cli.test(options) == recorded
+    assert cli.test(options) == {"perplexity": recorded, "zero_shot": {}}
     (figures,) = recorded.values()
-    assert figures.keys() == {"fp", "fp_prompt", "quantized", "kl", "top1"}
+    assert figures.keys() == {"fp", "fp_prompt", "quantized", "kl", "top1", "word", "byte"}
     assert figures["kl"] > 0
 
 
@@ -145,7 +146,7 @@ def test_test_measures_other_sets_of_a_run(make_checkpoint, fit, tmp_path, text_
     other.write_text(text_file.read_text()[5000:30000])
     more = [f"--evaluation.perplexity=[{text_file},{other}]", "--evaluation.max_chunks=4"]
     options = cli.build_parser().parse_args(["test", f"--run_dir={run}", "--accelerator=cpu", *more]).test
-    measured = cli.test(options)
+    measured = cli.test(options)["perplexity"]
     recorded = json.loads((run / "results.json").read_text(encoding="utf-8"))["perplexity"]
     assert list(measured) == [text_file.name, other.name]
     assert measured[text_file.name] == recorded[text_file.name]
@@ -159,9 +160,22 @@ def test_test_of_a_checkpoint_is_that_of_the_run_over_it(make_checkpoint, fit, t
         "test", f"--checkpoint={folder}", f"--evaluation.perplexity=[{text_file}]", "--evaluation.max_chunks=4",
         "--evaluation.seq_len=32", "--accelerator=cpu",
     ]  # fmt: skip
-    measured = cli.test(cli.build_parser().parse_args(arguments).test)[text_file.name]
+    measured = cli.test(cli.build_parser().parse_args(arguments).test)["perplexity"][text_file.name]
     recorded = json.loads((run / "results.json").read_text(encoding="utf-8"))["perplexity"][text_file.name]
-    assert measured == {name: recorded[name] for name in ("fp", "fp_prompt")}
+    assert measured == {name: recorded[name] for name in ("fp", "fp_prompt")} | {
+        unit: {name: recorded[unit][name] for name in ("fp", "fp_prompt")} for unit in ("word", "byte")
+    }
+
+
+@pytest.mark.parametrize("place", ["run", "checkpoint"])
+def test_an_unknown_set_is_answered_with_the_known(make_checkpoint, fit, tmp_path, capsys, place):
+    folder = make_checkpoint()
+    given = f"--run_dir={fit(folder, tmp_path / 'run', RTN)}" if place == "run" else f"--checkpoint={folder}"
+    capsys.readouterr()
+    assert cli.main(["test", given, "--evaluation.perplexity=[wikitext3]", "--accelerator=cpu"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    for word in ("evaluation.perplexity", "wikitext3", "wikitext2", "c4_new", ".jsonl"):
+        assert word in line
 
 
 def test_two_files_of_one_name_are_two_sets(make_checkpoint, fit, tmp_path, text_file):
@@ -172,3 +186,20 @@ def test_two_files_of_one_name_are_two_sets(make_checkpoint, fit, tmp_path, text
     run = fit(make_checkpoint(), tmp_path / "run", RTN, f"--evaluation.perplexity=[{text_file},{other}]")
     figures = json.loads((run / "results.json").read_text(encoding="utf-8"))["perplexity"]
     assert len({value["fp"] for value in figures.values()}) == 2
+
+
+# --- by word and by byte ----------------------------------------------------------------------------------------------
+
+
+def test_words_and_bytes_share_the_likelihood_of_the_tokens():
+    """By definition, exp of minus the log-likelihood over the number of words or bytes of what was predicted."""
+    tokenizer = AutoTokenizer.from_pretrained(DEMO)
+    text = "The river – as old as the garden – froze in winter, they say. " * 3
+    ids_1T = torch.tensor([tokenizer(text)["input_ids"]])  # BOS first, which is not predicted
+    assert tokenizer.decode(ids_1T[0, 1:]).strip() == text.strip()
+    found = evaluate(blockwise(DEMO), None, {"set": ids_1T}, [], 8, tokenizer)["set"]
+    log_likelihood = -math.log(judged(DEMO, ids_1T)) * (ids_1T.shape[1] - 1)
+    assert found["word"]["fp"] == pytest.approx(math.exp(-log_likelihood / (3 * 14)), rel=1e-4)
+    count = len(tokenizer.decode(ids_1T[0, 1:]).encode())
+    assert found["byte"]["fp"] == pytest.approx(math.exp(-log_likelihood / count), rel=1e-4)
+    assert found["word"].keys() == found["byte"].keys() == {"fp", "fp_prompt"}

@@ -1,9 +1,11 @@
-"""Results as tables."""
+"""Results as tables on the terminal."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
+
+from bisup_lightning.report.run import precision_name
 
 
 def perplexity_table(results: Mapping[str, Any]) -> Table:
@@ -15,6 +17,30 @@ def perplexity_table(results: Mapping[str, Any]) -> Table:
     for name, figures in results["perplexity"].items():
         cells = [f"{figures[key]:.4f}" if key in figures else "–" for key in ("fp", "fp_prompt", "quantized", "kl")]
         table.add_row(name, *cells, f"{figures['top1']:.1%}" if "top1" in figures else "–")
+    return table
+
+
+def text_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Any table of text."""
+    table = Table(title=title, title_justify="left")
+    for column in header:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def zero_shot_table(results: Mapping[str, Any]) -> Table:
+    """Accuracy by task in percent, with one standard error."""
+    table = Table(title="Zero-shot accuracy (%)", title_justify="left")
+    for column in ("task", "metric", "FP", "FP behind the prompt", "quantized", "documents"):
+        table.add_column(column, justify="left" if column in ("task", "metric") else "right")
+    for name, row in results["zero_shot"].items():
+        cells = [
+            f"{100 * row[key]['value']:.2f} ± {100 * row[key]['stderr']:.2f}" if key in row else "–"
+            for key in ("fp", "fp_prompt", "quantized")
+        ]
+        table.add_row(name, row["metric"], *cells, str(row["documents"]))
     return table
 
 
@@ -52,13 +78,3 @@ def comparison_table(runs: Mapping[str, Mapping[str, Any]]) -> Table:
             cells = (f"{figures['quantized']:.4f}", f"{excess:.4f}", share, f"{figures['kl']:.4f}")
             table.add_row(name, run, precision_name(results["fingerprint"]), *cells, f"{results['seconds']:.0f}")
     return table
-
-
-def precision_name(settings: Mapping[str, Any]) -> str:
-    """The field's shorthand, such as W4A4KV4 or W3A3KV3-g128."""
-
-    def bits(place: str) -> str:
-        return str(settings.get(f"precision.{place}.bits", 16))
-
-    group = settings.get("precision.weights.group_size")
-    return f"W{bits('weights')}A{bits('activations')}KV{bits('kv')}" + (f"-g{group}" if group else "")

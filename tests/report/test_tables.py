@@ -5,7 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from bisup_lightning.report import comparison_table, perplexity_table, precision_name
+from bisup_lightning.report.run import precision_name
+from bisup_lightning.report.tables import comparison_table, perplexity_table
 
 W4 = {"precision.weights.bits": 4, "precision.activations.bits": 4, "precision.kv.bits": 4}
 

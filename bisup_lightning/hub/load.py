@@ -1,0 +1,51 @@
+"""Loads models behind a prompt: a quantized one behind its own, full precision to compare it with."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from bisup_lightning.hub.quantizer import BisupConfig, StandBehindPrompt, keep_cache_only_if_asked
+from bisup_lightning.model.blockwise import BlockwiseModel
+from bisup_lightning.model.family import CACHE, decoder, head_dim
+from bisup_lightning.model.kv import KVQuantizer, PromptKV
+
+
+@torch.no_grad()
+def load_behind_prompt(
+    folder: Path, prompt: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
+    """The whole model in memory; with a prompt, its keys and values stand in front of every input.
+
+    Args:
+        folder: The checkpoint's folder.
+        prompt: Token ids of the prompt; empty for the plain model.
+        dtype: What it computes in.
+        device: Where.
+    """
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()  # type: ignore[arg-type]
+    if not prompt:
+        return model
+    body, config = decoder(model), model.config
+    ids_1P = torch.tensor([list(prompt)], device=device)
+    layers = getattr(body(input_ids=ids_1P, use_cache=True), CACHE).layers
+    kept = PromptKV(config.num_hidden_layers, config.num_key_value_heads, len(prompt), head_dim(config))
+    kept.ids.copy_(ids_1P[0])
+    for index, layer in enumerate(layers):
+        for name, states_1HPd in zip(kept.names(index), (layer.keys, layer.values), strict=True):
+            kept.register_buffer(name, states_1HPd[0].clone())
+    model.prompt_kv = kept
+    body.register_forward_pre_hook(StandBehindPrompt(model, KVQuantizer(None)), with_kwargs=True)
+    body.register_forward_hook(keep_cache_only_if_asked, with_kwargs=True)
+    return model
+
+
+def open_quantized(folder: Path, device: torch.device) -> BlockwiseModel:
+    """A run's `model/` folder, to be computed block by block."""
+    return BlockwiseModel(folder, device, scheme=BisupConfig.of_folder(folder).read_scheme())
+
+
+def load_quantized(folder: Path, device: torch.device) -> PreTrainedModel:
+    """A run's `model/`, behind the prompt that it was saved with."""
+    return AutoModelForCausalLM.from_pretrained(folder).to(device).eval()  # type: ignore[arg-type]  # stub lacks self

@@ -1,0 +1,56 @@
+"""The run's course at a glance: one point for each block."""
+
+import csv
+from pathlib import Path
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch.utils.tensorboard import SummaryWriter
+
+from bisup_lightning.calibrate.driver import BlockResult, BlockWalk
+from bisup_lightning.calibrate.events import WalkCallback
+
+
+class BlockLog(WalkCallback):
+    """Adds a row for each learned block to `logs/blocks.csv`, and points to TensorBoard's curves in `logs/blocks/`.
+
+    A run without a logger has none of it. A block that an interrupted run repeats has its last row count.
+    """
+
+    def __init__(self) -> None:
+        self.wanted = False
+        self.writer: SummaryWriter | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See whether the run is logged at all."""
+        self.wanted = bool(trainer.loggers)
+
+    def on_block_end(self, walk: BlockWalk, result: BlockResult) -> None:
+        """Write loss before and after, relative error, seconds, tokens per second and device memory."""
+        if not self.wanted:
+            return
+        figures = result.metrics() | {"tokens_per_second": walk.inputs.num_tokens / result.seconds}
+        if walk.model.device.type == "cuda":
+            figures["device_memory_gib"] = torch.cuda.max_memory_allocated(walk.model.device) / 2**30
+        logs = walk.store.run_dir / "logs"
+        _append(logs / "blocks.csv", figures)
+        self.writer = self.writer or SummaryWriter(logs / "blocks")
+        for name, value in figures.items():
+            if name != "index":
+                self.writer.add_scalar(f"block/{name}", float(value), result.index)
+        self.writer.flush()
+
+    def on_walk_end(self, walk: BlockWalk) -> None:
+        """Close TensorBoard's file."""
+        if self.writer is not None:
+            self.writer.close()
+
+
+def _append(path: Path, row: dict[str, float | int | bool]) -> None:
+    new = not path.is_file()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(row))
+        if new:
+            writer.writeheader()
+        writer.writerow(row)

@@ -1,0 +1,47 @@
+"""How fast a block learns, at which rate, in how much memory."""
+
+import time
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+
+from bisup_lightning.calibrate.driver import BlockWalk
+from bisup_lightning.calibrate.events import WalkCallback
+from bisup_lightning.model.block import is_clip
+
+
+class Telemetry(WalkCallback):
+    """Logs once an epoch, to CSV and TensorBoard beside the loss.
+
+    `learning_rate/clip`, `/smoothing` and `/low_rank` as the epoch begins; `tokens_per_second` through forward,
+    backward and step; on a GPU `device_memory_gib`, the most that PyTorch held so far.
+    """
+
+    def on_block_start(self, walk: BlockWalk, index: int) -> None:
+        """Note how many tokens an epoch sees, and where."""
+        self.tokens, self.device = walk.inputs.num_tokens, walk.model.device
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        names = {id(parameter): name for name, parameter in pl_module.named_parameters()}
+        self.rates = {
+            _kind(names[id(parameter)]): group["lr"]
+            for group in trainer.optimizers[0].param_groups
+            for parameter in group["params"]
+        }
+        self.started = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log; the device is waited for once an epoch, never within it."""
+        figures = {f"learning_rate/{kind}": float(rate) for kind, rate in self.rates.items()}
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            figures["device_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        figures["tokens_per_second"] = self.tokens / (time.perf_counter() - self.started)
+        pl_module.log_dict(figures)
+
+
+def _kind(name: str) -> str:
+    if is_clip(name):
+        return "clip"
+    return "smoothing" if name.endswith("smoothing") else "low_rank"

@@ -1,0 +1,97 @@
+"""What a run logs while it runs, judged by what the run itself knows."""
+
+import csv
+import json
+from typing import ClassVar
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from bisup_lightning.calibrate.events import WalkCallback
+from bisup_lightning.model.block import theta_by_kind
+from tests.tools import BISUP, RTN, with_callback
+
+EPOCHS = 2
+
+
+class Look(WalkCallback):
+    """Keeps Θ of every block as each epoch leaves it."""
+
+    seen: ClassVar[list[dict[str, list[torch.Tensor]]]] = []
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        kinds = theta_by_kind(pl_module.layer)
+        Look.seen.append({kind: [value.detach().clone() for value in values] for kind, values in kinds.items()})
+
+
+def rows(path):
+    with path.open(encoding="utf-8", newline="") as file:
+        return [{name: float(value) for name, value in row.items() if value not in ("", "True", "False")} for row in csv.DictReader(file)]  # fmt: skip  # noqa: E501
+
+
+@pytest.fixture(scope="module")
+def checkpoint(make_checkpoint):
+    return make_checkpoint()
+
+
+@pytest.fixture
+def logged(checkpoint, fit, tmp_path):
+    """A run with its loggers on, that learns two blocks for two epochs of two steps."""
+    Look.seen.clear()
+    return fit(checkpoint, tmp_path / "run", BISUP, f"--solver.epochs={EPOCHS}", "--trainer.logger=true", with_callback(Look))  # fmt: skip  # noqa: E501
+
+
+def test_epochs_in_csv(logged):
+    """Loss, the three rates along the cosine, speed, and Θ as the epoch leaves it."""
+    epochs = [row for index in range(2) for row in rows(logged / "logs" / f"{index:05d}" / "metrics.csv")]
+    assert [row["epoch"] for row in epochs] == [0, 1, 0, 1]
+    for row, theta in zip(epochs, Look.seen, strict=True):
+        share = 1.0 if row["epoch"] == 0 else 0.5  # half of the cosine's way
+        rates = {"clip": 1e-2, "smoothing": 2e-2, "low_rank": 1e-2}
+        for kind, rate in rates.items():
+            assert row[f"learning_rate/{kind}"] == pytest.approx(share * rate)
+        assert row["tokens_per_second"] > 0
+        assert "device_memory_gib" not in row  # on a CPU there is none
+        assert theta.keys() == {"weight_clip", "activation_clip", "s1", "s2", "low_rank"}
+        for kind, values in theta.items():
+            flat = torch.cat([value.flatten() for value in values])
+            logged_values = [row[f"theta/{kind}/{name}"] for name in ("min", "mean", "max")]
+            expected = [flat.min().item(), flat.mean().item(), flat.max().item()]
+            assert logged_values == pytest.approx(expected, rel=1e-5, abs=1e-7)
+    assert epochs[0]["theta/low_rank/max"] > 0
+
+
+def test_blocks_in_csv_are_those_of_the_results(logged):
+    blocks = json.loads((logged / "results.json").read_text(encoding="utf-8"))["blocks"]
+    for row, block in zip(rows(logged / "logs" / "blocks.csv"), blocks, strict=True):
+        assert {name: row[name] for name in row if name in block} == {
+            name: value for name, value in block.items() if not isinstance(value, bool)
+        }
+        assert row["tokens_per_second"] == pytest.approx(8 * 32 / block["seconds"])
+
+
+def test_tensorboard_holds_the_same(logged):
+    blocks = json.loads((logged / "results.json").read_text(encoding="utf-8"))["blocks"]
+    assert len(list((logged / "logs" / "blocks").iterdir())) == 1
+    walk = EventAccumulator(str(logged / "logs" / "blocks")).Reload()
+    losses = [(event.step, event.value) for event in walk.Scalars("block/loss_final")]
+    assert losses == [(block["index"], pytest.approx(block["loss_final"], rel=1e-6)) for block in blocks]
+    block = EventAccumulator(str(logged / "logs" / "00001")).Reload()
+    wanted = {"loss", "tokens_per_second", "learning_rate/clip", "theta/s1/max"}
+    assert wanted <= set(block.Tags()["scalars"])
+    assert len(block.Scalars("loss")) == EPOCHS
+
+
+@pytest.mark.parametrize(
+    "settings", [(RTN, "--trainer.logger=true"), (BISUP, "--solver.epochs=1")], ids=["nothing-learned", "no-logger"]
+)
+def test_without_learning_or_logger_there_are_no_logs(checkpoint, fit, tmp_path, settings):
+    assert not (fit(checkpoint, tmp_path / "run", *settings) / "logs").exists()
+
+
+def test_clip_values_of_what_is_not_quantized_are_left_out(checkpoint, fit, tmp_path):
+    """Weights alone are quantized: no clip value of an activation means anything."""
+    Look.seen.clear()
+    fit(checkpoint, tmp_path / "run", BISUP, "--solver.epochs=1", "--precision.activations=null", "--solver.theta.smoothing=none", with_callback(Look))  # fmt: skip  # noqa: E501
+    assert Look.seen[0].keys() == {"weight_clip", "low_rank"}

@@ -1,0 +1,217 @@
+"""Scores through lm-eval are those of plain HFLM, and of log-likelihoods summed by hand."""
+
+import json
+import math
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from bisup_lightning import cli
+from bisup_lightning.cli import main
+from bisup_lightning.errors import UserError
+from bisup_lightning.evaluate.zero_shot import check_tasks, zero_shot
+from bisup_lightning.hub.load import load_behind_prompt, load_quantized
+from tests.tools import RTN
+
+CPU = torch.device("cpu")
+WORDS = [
+    "river",
+    "stone",
+    "cloud",
+    "letter",
+    "window",
+    "garden",
+    "number",
+    "answer",
+    "market",
+    "winter",
+    "summer",
+    "paper",
+]
+
+
+def texts(count, words, seed):
+    generator = torch.Generator().manual_seed(seed)
+    picks = torch.randint(len(WORDS), (count, words), generator=generator)
+    return [" ".join(WORDS[pick] for pick in row) for row in picks.tolist()]
+
+
+def choice_rows(count=24, question="{}"):
+    queries, choices = texts(count, 6, 0), texts(3 * count, 3, 1)
+    return [
+        {"query": question.format(query), "choices": choices[3 * n : 3 * n + 3], "gold": n % 3}
+        for n, query in enumerate(queries)
+    ]
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(make_checkpoint):
+    return make_checkpoint()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(checkpoint):
+    return AutoTokenizer.from_pretrained(checkpoint)
+
+
+@pytest.fixture
+def lm_eval():
+    return pytest.importorskip("lm_eval", reason="needs requirements-zero-shot.txt")
+
+
+@torch.no_grad()
+def log_likelihood(model, tokenizer, context, continuation, prompt=()):
+    """Of a continuation behind prompt and context; the tokenizer puts its BOS before the text by itself."""
+    whole = tokenizer(context + continuation)["input_ids"]
+    start = len(tokenizer(context)["input_ids"])
+    if prompt and whole[: len(prompt)] != list(prompt):
+        whole, start = [*prompt, *whole], start + len(prompt)
+    logs = model(torch.tensor([whole]), use_cache=False).logits[0].double().log_softmax(-1)
+    targets = torch.tensor(whole[start:])
+    at = logs[start - 1 : -1]
+    return at.gather(1, targets[:, None]).sum().item(), bool((at.argmax(1) == targets).all())
+
+
+def solved_by_hand(model, tokenizer, rows, normalize, prompt=()):
+    solved = []
+    for row in rows:
+        scores = [log_likelihood(model, tokenizer, row["query"], " " + choice, prompt)[0] for choice in row["choices"]]
+        if normalize:
+            scores = [score / len(choice) for score, choice in zip(scores, row["choices"], strict=True)]
+        solved.append(scores.index(max(scores)) == row["gold"])
+    return solved
+
+
+@pytest.mark.parametrize("prompt", [[], [0], [0, 17, 4]], ids=["none", "bos", "three"])
+def test_scores_are_those_of_likelihoods_by_hand(lm_eval, checkpoint, tokenizer, tmp_path, prompt):
+    rows = choice_rows()
+    path = write_rows(tmp_path / "own.jsonl", rows)
+    model = load_behind_prompt(checkpoint, prompt, torch.float32, CPU)
+    score = zero_shot(model, tokenizer, [path], None, 4)["own"]
+    plain = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    solved = solved_by_hand(plain, tokenizer, rows, True, prompt)
+    share = sum(solved) / len(solved)
+    assert (score.metric, score.documents) == ("acc_norm", 24)
+    assert score.value == pytest.approx(share)
+    assert 0 < share < 1
+    assert score.stderr == pytest.approx(math.sqrt(share * (1 - share) / (len(solved) - 1)))
+
+
+def test_full_precision_equals_plain_hflm_exactly(lm_eval, checkpoint, tokenizer, tmp_path):
+    """All log-likelihoods, to the last bit: without a prompt nothing stands between lm-eval and the model."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    requests = [
+        Instance("loglikelihood", {}, (row["query"], " " + choice), n)
+        for n, row in enumerate(choice_rows(8))
+        for choice in row["choices"]
+    ]
+    plain = HFLM(pretrained=str(checkpoint), dtype=torch.float32, batch_size=4, device="cpu")
+    model = load_behind_prompt(checkpoint, [], torch.float32, CPU)
+    ours = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
+    assert ours.loglikelihood(requests, disable_tqdm=True) == plain.loglikelihood(requests, disable_tqdm=True)
+    bos = HFLM(pretrained=load_behind_prompt(checkpoint, [0], torch.float32, CPU), tokenizer=tokenizer, batch_size=4)
+    for (found, _), (expected, _) in zip(
+        bos.loglikelihood(requests, disable_tqdm=True), plain.loglikelihood(requests, disable_tqdm=True), strict=True
+    ):
+        assert found == pytest.approx(expected, rel=1e-5)  # the tokenizer puts the same BOS in front
+
+
+def test_every_form_of_rows(lm_eval, checkpoint, tokenizer, tmp_path):
+    """Questions end in an answer, contexts share their ending, and a last word must be the likeliest."""
+    model = load_behind_prompt(checkpoint, [], torch.float32, CPU)
+    questions = choice_rows(12, "Question: {}\n")
+    contexts = [
+        {"context_options": row["choices"], "continuation": ".", "gold": row["gold"]} for row in choice_rows(12)
+    ]
+    contexts[3]["continuation"] = "because winter"
+    last = [{"context": text, "continuation": "stone"} for text in texts(12, 6, 4)]
+    best = model(torch.tensor([tokenizer(last[5]["context"])["input_ids"]])).logits[0, -1].argmax()
+    last[5]["continuation"] = tokenizer.decode(best)
+    paths = [
+        write_rows(tmp_path / f"{name}.jsonl", rows)
+        for name, rows in {"piqa": questions, "winogrande_val": contexts, "last": last}.items()
+    ]
+    scores = zero_shot(model, tokenizer, paths, None, 4)
+    as_asked = [row | {"query": row["query"].rstrip() + "\nAnswer:"} for row in questions]
+    assert scores["piqa"].value == pytest.approx(sum(solved_by_hand(model, tokenizer, as_asked, True)) / 12)
+    solved = 0
+    for row in contexts:
+        tail = row["continuation"] if row["continuation"] == "." else " " + row["continuation"]
+        found = [log_likelihood(model, tokenizer, context, tail)[0] for context in row["context_options"]]
+        solved += found.index(max(found)) == row["gold"]
+    assert (scores["winogrande_val"].metric, scores["winogrande_val"].value) == ("acc", pytest.approx(solved / 12))
+    judged = [log_likelihood(model, tokenizer, row["context"], " " + row["continuation"])[1] for row in last]
+    assert scores["last"].value == pytest.approx(sum(judged) / 12)
+
+
+def test_a_limit_takes_the_first_documents(lm_eval, checkpoint, tokenizer, tmp_path):
+    rows = choice_rows()
+    model = load_behind_prompt(checkpoint, [], torch.float32, CPU)
+    score = zero_shot(model, tokenizer, [write_rows(tmp_path / "boolq.jsonl", rows)], 5, 4)["boolq"]
+    assert (score.metric, score.documents) == ("acc", 5)  # as the field reports BoolQ
+    assert score.value == pytest.approx(sum(solved_by_hand(model, tokenizer, rows[:5], False)) / 5)
+
+
+def test_a_run_is_scored_and_scored_again(lm_eval, checkpoint, tokenizer, fit, tmp_path):
+    rows = choice_rows()
+    tasks = f"--evaluation.zero_shot=[{write_rows(tmp_path / 'own.jsonl', rows)}]"
+    run = fit(checkpoint, tmp_path / "run", RTN, tasks)
+    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    scores = results["zero_shot"]["own"]
+    assert (scores["metric"], scores["documents"]) == ("acc_norm", 24)
+    for key, model in {
+        "fp": AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval(),
+        "quantized": load_quantized(run / "model", CPU),
+    }.items():
+        assert scores[key]["value"] == pytest.approx(sum(solved_by_hand(model, tokenizer, rows, True)) / 24)
+    options = cli.build_parser().parse_args(["test", f"--run_dir={run}", "--accelerator=cpu"]).test
+    assert cli.test(options) == {"perplexity": results["perplexity"], "zero_shot": results["zero_shot"]}
+    assert "own" in (run / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "can't be read"),
+        ("not JSON\n", "can't be read"),
+        ('{"text": "x"}\n', "none of the forms: query, choices"),
+    ],
+)
+def test_files_of_no_use_are_refused(tmp_path, content, words):
+    path = tmp_path / "rows.jsonl"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError, match=words):
+        check_tasks([str(path)])
+
+
+def test_two_files_of_one_name_are_refused(tmp_path):
+    (tmp_path / "a").mkdir()
+    paths = [write_rows(folder / "rows.jsonl", choice_rows(2)) for folder in (tmp_path, tmp_path / "a")]
+    with pytest.raises(UserError, match="share a name"):
+        check_tasks(paths)
+
+
+def test_an_unknown_task_is_answered_with_the_known(checkpoint, fit_arguments, tmp_path, capsys):
+    assert main(fit_arguments(checkpoint, tmp_path / "never", RTN, "--evaluation.zero_shot=[mmlu]")) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    for word in ("evaluation.zero_shot", "mmlu", "arc_challenge", "winogrande", ".jsonl"):
+        assert word in line
+    assert not (tmp_path / "never").exists()
+
+
+def test_without_lm_eval_one_line_names_the_package(monkeypatch, checkpoint, fit_arguments, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert main(fit_arguments(checkpoint, tmp_path / "never", RTN, "--evaluation.zero_shot=[piqa]")) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "lm-eval" in line
+    assert "requirements-zero-shot.txt" in line
