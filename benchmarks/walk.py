@@ -23,6 +23,13 @@ from bisup_lightning.cli import main as run_command
 
 ROOT = Path(__file__).parent.parent
 COMPILING = 2  # blocks in which something is still compiled
+CALLBACKS = (
+    "{{class_path: callbacks.bf16.BF16}}",
+    "{{class_path: callbacks.fuse.Fuse}}",
+    "{{class_path: callbacks.checkpoint.BlockCheckpoint, init_args: {{every_n_seconds: {save_every}}}}}",
+    "{{class_path: callbacks.progress.WalkProgress}}",
+    "{{class_path: benchmarks.walk.Timeline}}",
+)
 
 
 class Timeline(WalkCallback):
@@ -65,6 +72,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="8b")
     parser.add_argument("--blocks", type=int, default=8)
     parser.add_argument("--config", action="append", default=[], help="composed behind configs/base.yaml")
+    parser.add_argument("--save_every", type=float, default=60.0, help="seconds between saves inside a block")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.mkdtemp()))
     given, more = parser.parse_known_args()
     rate = matmul_rate()
@@ -79,7 +87,7 @@ def main() -> None:
         "--trust_classes_from", "benchmarks", "fit", f"--config={ROOT / 'configs/base.yaml'}",
         *(f"--config={path}" for path in given.config), f"--checkpoint={checkpoint}",
         f"--run_dir={given.folder / 'run'}", f"--data.calibration={text}", "--evaluation.perplexity=[]",
-        "--trainer.callbacks+=benchmarks.walk.Timeline", *more,
+        f"--trainer.callbacks=[{', '.join(CALLBACKS).format(save_every=given.save_every)}]", *more,
     ])  # fmt: skip
     assert code == 0
     wall = time.perf_counter() - began

@@ -1,13 +1,20 @@
 """What only a GPU can show; skipped without one. The last result on one is kept in benchmarks/RESULTS.md."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from bisup_lightning.calibrate.job import open_quantized, read_results
+from bisup_lightning.calibrate.block_calibration import block_loss
+from bisup_lightning.calibrate.job import read_results
+from bisup_lightning.cli import main
 from bisup_lightning.evaluate.perplexity import final_hidden
+from bisup_lightning.hub.load import open_quantized
+from bisup_lightning.model.block import Theta, add_theta, quantize_layer, theta_parameters
+from bisup_lightning.model.blockwise import BlockwiseModel, run_layer
+from bisup_lightning.model.kv import BlockKV, KVQuantizer
+from bisup_lightning.quant.spec import Precision, QuantSpec, Scheme
+from tests.conftest import DEMO
+from tests.tools import BISUP, CutOff, Interrupted, contents, with_callback
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 CUDA = torch.device("cuda", 0)
@@ -46,10 +53,98 @@ def test_gpu_and_cpu_round_alike(make_checkpoint, fit, tmp_path):
 
 
 def test_the_bundled_model_loses_less_by_bisup_than_by_rounding(fit, text_file, tmp_path):
-    demo = Path(__file__).parent.parent / "assets" / "demo"
     more = ("--trainer.accelerator=gpu", "--data.num_samples=32", "--data.seq_len=128")
     excess = {}
     for solver in ("rtn", "bisup"):
-        run = fit(demo, tmp_path / solver, f"--config=configs/solver/{solver}.yaml", *more)
+        run = fit(DEMO, tmp_path / solver, f"--config=configs/solver/{solver}.yaml", *more)
         excess[solver] = next(iter(read_results(run)["perplexity"].values()))["kl"]
     assert excess["bisup"] < 0.8 * excess["rtn"]
+
+
+def gradients_of_a_step(dtype, hadamard, function):
+    """Loss and gradients of Θ in the bundled model's second block, the same whatever the dtype."""
+    model = BlockwiseModel(DEMO, CUDA, dtype, fused_attention=True)
+    quantizer, kv_quantizer = QuantSpec(4, group_size=64), QuantSpec(4, symmetric=False, granularity="head")
+    scheme = Scheme.of(Precision(quantizer, quantizer, kv_quantizer), hadamard=hadamard)
+    ids = torch.randint(10, 8000, (4, 128), generator=torch.Generator().manual_seed(0))
+    hidden, prompt_hidden = model.embed(ids).to(CUDA), model.embed(torch.tensor([[0]]))
+    for index in range(2):
+        full, positions = model.layer(index), model.positions(index, 128, 1)
+        prompt_hidden, prompt = model.encode_prompt(index, full, prompt_hidden)
+        entered = hidden
+        with torch.no_grad():
+            hidden = run_layer(full, hidden, positions, BlockKV(None, prompt))
+    layer = quantize_layer(model.layer(1), scheme, model.family.config, 0.9, torch.bfloat16)
+    add_theta(layer, Theta(smoothing_start="ones"), torch.Generator().manual_seed(0))
+    theta = theta_parameters(layer)
+    generator = torch.Generator(CUDA).manual_seed(1)
+    with torch.no_grad():
+        for name, tensor in theta.items():
+            if name.endswith("low_rank_b"):
+                tensor.normal_(generator=generator).mul_(0.01)
+    kv = BlockKV(KVQuantizer.of(scheme).prepare(model.family.head_dim, CUDA), prompt)
+    loss = function(layer, entered, hidden, positions, kv)
+    return dict(zip(theta, torch.autograd.grad(loss, list(theta.values())), strict=True))
+
+
+@pytest.mark.parametrize("hadamard", [False, True])
+def test_a_compiled_step_is_as_close_to_float32_as_an_eager_one(hadamard):
+    """Rounding to a grid blows the digits up that bfloat16 loses, in both alike; in float32 the two agree."""
+    exact = gradients_of_a_step(torch.float32, hadamard, block_loss.__wrapped__)
+    compiled = gradients_of_a_step(torch.float32, hadamard, block_loss)
+    narrow = gradients_of_a_step(torch.bfloat16, hadamard, block_loss.__wrapped__)
+    narrow_compiled = gradients_of_a_step(torch.bfloat16, hadamard, block_loss)
+
+    def distance(found, name):
+        return ((found[name] - exact[name]).norm() / exact[name].norm()).item()
+
+    for name in exact:
+        assert distance(compiled, name) < 0.02, name
+        assert distance(narrow_compiled, name) < 1.5 * distance(narrow, name) + 0.01, name
+
+
+@pytest.mark.parametrize("compile", ["never", "always"])
+def test_a_run_that_was_cut_off_ends_in_the_same_bytes(make_checkpoint, fit_arguments, tmp_path, compile):
+    """With deterministic algorithms, cut off inside a block and saved there."""
+    checkpoint = make_checkpoint("llama", dtype=torch.bfloat16)
+    eager = "{class_path: callbacks.checkpoint.BlockCheckpoint, init_args: {every_n_seconds: 0}}"
+    callbacks = f"[{{class_path: callbacks.bf16.BF16}}, {{class_path: callbacks.fuse.Fuse}}, {eager}]"
+
+    def command(run):
+        return fit_arguments(
+            checkpoint, tmp_path / run, BISUP, "--solver.epochs=3", "--trainer.accelerator=gpu", f"--compile={compile}",
+            "--trainer.deterministic=true", f"--trainer.callbacks={callbacks}", with_callback(CutOff),
+        )  # fmt: skip
+
+    CutOff.steps_left = None
+    try:
+        assert main(command("whole")) == 0
+        for step in (3, 9):
+            CutOff.steps_left = step
+            with pytest.raises(Interrupted):
+                main(command(f"at-{step}"))
+            CutOff.steps_left = None
+            assert main(command(f"at-{step}")) == 0
+            assert contents(tmp_path / f"at-{step}" / "model") == contents(tmp_path / "whole" / "model")
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_a_step_that_does_not_fit_is_taken_in_parts(fit, tmp_path, caplog):
+    """Half of the memory that the run takes by itself: the same result, and it says so."""
+    more = (BISUP, "--solver.epochs=2", "--trainer.accelerator=gpu", "--data.num_samples=32", "--data.batch_size=32",
+            "--data.seq_len=256", "--evaluation.batch_size=1")  # fmt: skip
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    roomy = read_results(fit(DEMO, tmp_path / "roomy", *more))["blocks"]
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(CUDA).total_memory
+    torch.cuda.set_per_process_memory_fraction(0.5 * torch.cuda.max_memory_reserved() / total)
+    try:
+        tight = read_results(fit(DEMO, tmp_path / "tight", *more))["blocks"]
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert "out of device memory" in caplog.text
+    assert all(block["micro_batch"] < 32 for block in tight)
+    for block, roomy_block in zip(tight, roomy, strict=True):
+        assert block["loss_final"] == pytest.approx(roomy_block["loss_final"], rel=0.05)
