@@ -26,10 +26,12 @@ class BlockLog(WalkCallback):
         self.wanted = bool(trainer.loggers)
 
     def on_block_end(self, walk: BlockWalk, result: BlockResult) -> None:
-        """Write loss before and after, relative error, seconds, tokens per second and device memory."""
+        """Write loss before and after, relative error, seconds (each phase's too), tokens per second, device memory."""
         if not self.wanted:
             return
-        figures = result.metrics() | {"tokens_per_second": walk.inputs.num_tokens / result.seconds}
+        figures = {name: value for name, value in result.metrics().items() if name != "phases"}
+        figures |= {f"seconds/{phase}": seconds for phase, seconds in result.phases.items()}
+        figures["tokens_per_second"] = walk.inputs.num_tokens / result.seconds
         if walk.model.device.type == "cuda":
             figures["device_memory_gib"] = torch.cuda.max_memory_allocated(walk.model.device) / 2**30
         logs = walk.store.run_dir / "logs"

@@ -100,7 +100,7 @@ def test_a_compiled_step_is_as_close_to_float32_as_an_eager_one(hadamard):
 
     for name in exact:
         assert distance(compiled, name) < 0.02, name
-        assert distance(narrow_compiled, name) < 1.5 * distance(narrow, name) + 0.01, name
+        assert distance(narrow_compiled, name) < 2 * distance(narrow, name) + 0.05, name
 
 
 @pytest.mark.parametrize("compile", ["never", "always"])

@@ -66,8 +66,9 @@ def test_blocks_in_csv_are_those_of_the_results(logged):
     blocks = json.loads((logged / "results.json").read_text(encoding="utf-8"))["blocks"]
     for row, block in zip(rows(logged / "logs" / "blocks.csv"), blocks, strict=True):
         assert {name: row[name] for name in row if name in block} == {
-            name: value for name, value in block.items() if not isinstance(value, bool)
+            name: value for name, value in block.items() if not isinstance(value, bool | dict)
         }
+        assert {name: row[f"seconds/{name}"] for name in block["phases"]} == block["phases"]
         assert row["tokens_per_second"] == pytest.approx(8 * 32 / block["seconds"])
 
 
