@@ -18,9 +18,9 @@ from jsonargparse import ActionConfigFile, ArgumentError, Namespace, lazy_instan
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 
+from bisup_lightning.calibrate.checkpoint_io import WholeFileIO
 from bisup_lightning.calibrate.events import WalkCallback
 from bisup_lightning.calibrate.job import (
     Job,
@@ -145,6 +145,7 @@ def trainer_factory(settings: Namespace, callbacks: Sequence[Callback], logs: Pa
             callbacks=[c if isinstance(c, WalkCallback) else copy.deepcopy(c) for c in callbacks],
             max_epochs=epochs,
             log_every_n_steps=1,
+            plugins=[WholeFileIO()],
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
@@ -332,15 +333,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with Signals() as signals:
         try:
             run(sys.argv[1:] if arguments is None else arguments, signals)
-        except (Interrupted, SIGTERMException):
-            assert signals.received is not None
-            if signals.received == signal.SIGUSR1:
-                requeue()
+        except Interrupted as interruption:
             print("interrupted; the same command goes on from here", file=sys.stderr)
-            return Interrupted(signals.received).exit_code
+            if interruption.signum == signal.SIGUSR1:
+                requeue()
+            return interruption.exit_code
         except AuditError as error:
             print(f"error: {one_line(error)}; nothing was published", file=sys.stderr)
             return 1
+        except torch.OutOfMemoryError as error:  # where halving the batch is no help: outside of calibration
+            print(f"error: {one_line(error)} Give a smaller evaluation.batch_size", file=sys.stderr)
+            return 2
         except (UserError, ArgumentError, OSError) as error:
             print(f"error: {one_line(error)}", file=sys.stderr)
             return 2

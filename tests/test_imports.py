@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.inputs import ROOT
 
 PACKAGE = "bisup_lightning"
 LEAVES = {"errors", "files"}

@@ -4,6 +4,7 @@ A callback is made by the command line, so what it saw lies on its class; `Watch
 """
 
 import hashlib
+import json
 import os
 import signal
 from pathlib import Path
@@ -17,6 +18,11 @@ from bisup_lightning.calibrate.events import WalkCallback
 
 SOLVER = "--solver=bisup_lightning.calibrate.solvers."
 RTN, GPTQ, BISUP = SOLVER + "RTN", SOLVER + "GPTQ", SOLVER + "BiSup"
+QUAROT = "--transform=bisup_lightning.transform.rotate.QuaRot"
+EAGER = (  # all that can be saved is saved as often as can be
+    "--trainer.callbacks=[{class_path: callbacks.bf16.BF16}, {class_path: callbacks.fuse.Fuse}, "
+    "{class_path: callbacks.checkpoint.BlockCheckpoint, init_args: {every_n_seconds: 0, streams_every_n_seconds: 0}}]"
+)
 
 
 def with_callback(callback: type) -> str:
@@ -37,6 +43,14 @@ def traces(folder: Path) -> dict[str, tuple[int, int, int]]:
     """Inode, size and time of change of a folder and all below it: equal only if nobody wrote there."""
     paths = [folder, *sorted(folder.rglob("*"))]
     return {str(path): (path.stat().st_ino, path.stat().st_size, path.stat().st_mtime_ns) for path in paths}
+
+
+def timeless(run: Path) -> dict[str, object]:
+    """results.json without what depends on the clock or the machine's memory."""
+    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    for block in results["blocks"]:
+        del block["seconds"]
+    return {key: results[key] for key in ("perplexity", "blocks", "fingerprint")}
 
 
 class Interrupted(RuntimeError):

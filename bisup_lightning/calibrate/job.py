@@ -106,7 +106,7 @@ def fit(job: Job) -> dict[str, Any]:
     store = RunStore(job.run_dir)
     with RunLock(job.run_dir) as lock:
         progress = store.open(fingerprint(job, plain), job.resume)
-        if progress.finished:
+        if progress.finished and progress.whole:
             return read_results(job.run_dir)
 
         # Before the work, so that a mistake in a text or a model shows at once.
@@ -120,6 +120,8 @@ def fit(job: Job) -> dict[str, Any]:
         transformed = transform(job, plain, None if progress.metrics else probe_BT)
         lock.claim()
         store.begin(job.config_yaml, tokens_NT)
+        if progress.finished:  # what was lost beside the results is made again, or not needed
+            return read_results(job.run_dir)
         if len(progress.metrics) < plain.num_layers:
             walk(job, transformed, scheme, store, prompt_ids, tokens_NT, progress)
         model = job.run_dir / "model"

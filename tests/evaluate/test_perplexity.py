@@ -8,10 +8,11 @@ from torchmetrics.text import Perplexity
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bisup_lightning import cli
+from bisup_lightning.calibrate.signals import Signals
 from bisup_lightning.data.corpus import evaluation_tokens
 from bisup_lightning.evaluate.perplexity import evaluate
 from bisup_lightning.model.blockwise import BlockwiseModel
-from tests.conftest import DEMO, ROOT
+from tests.inputs import DEMO, ROOT
 from tests.tools import RTN
 
 CPU = torch.device("cpu")
@@ -123,7 +124,7 @@ def test_test_gives_the_numbers_of_the_run(make_checkpoint, fit, tmp_path, setti
     run = fit(make_checkpoint(), tmp_path / "run", RTN, *settings)
     options = cli.build_parser().parse_args(["test", f"--run_dir={run}", "--accelerator=cpu"]).test
     recorded = json.loads((run / "results.json").read_text(encoding="utf-8"))["perplexity"]
-    assert cli.test(options) == recorded
+    assert cli.test(options, Signals()) == recorded
     (figures,) = recorded.values()
     assert figures.keys() == {"fp", "fp_prompt", "quantized", "kl", "top1"}
     assert figures["kl"] > 0
@@ -145,7 +146,7 @@ def test_test_measures_other_sets_of_a_run(make_checkpoint, fit, tmp_path, text_
     other.write_text(text_file.read_text()[5000:30000])
     more = [f"--evaluation.perplexity=[{text_file},{other}]", "--evaluation.max_chunks=4"]
     options = cli.build_parser().parse_args(["test", f"--run_dir={run}", "--accelerator=cpu", *more]).test
-    measured = cli.test(options)
+    measured = cli.test(options, Signals())
     recorded = json.loads((run / "results.json").read_text(encoding="utf-8"))["perplexity"]
     assert list(measured) == [text_file.name, other.name]
     assert measured[text_file.name] == recorded[text_file.name]
@@ -159,7 +160,7 @@ def test_test_of_a_checkpoint_is_that_of_the_run_over_it(make_checkpoint, fit, t
         "test", f"--checkpoint={folder}", f"--evaluation.perplexity=[{text_file}]", "--evaluation.max_chunks=4",
         "--evaluation.seq_len=32", "--accelerator=cpu",
     ]  # fmt: skip
-    measured = cli.test(cli.build_parser().parse_args(arguments).test)[text_file.name]
+    measured = cli.test(cli.build_parser().parse_args(arguments).test, Signals())[text_file.name]
     recorded = json.loads((run / "results.json").read_text(encoding="utf-8"))["perplexity"][text_file.name]
     assert measured == {name: recorded[name] for name in ("fp", "fp_prompt")}
 

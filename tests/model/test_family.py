@@ -23,7 +23,7 @@ from bisup_lightning.model.family import (
     linear_inputs,
     online_rotation,
 )
-from tests.conftest import SMALL
+from tests.inputs import SMALL
 
 every_type = pytest.mark.parametrize("model_type", SUPPORTED)
 
