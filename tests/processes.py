@@ -1,4 +1,4 @@
-"""Runs of the command line in processes of their own, forked from one that has imported everything but computed nothing.
+"""Runs of the command line in processes of their own, forked from one that has imported all and computed nothing.
 
 A process may be killed, and what is patched in it is gone with it; it starts in a hundredth of an interpreter's time.
 """

@@ -58,17 +58,17 @@ class Interrupted(RuntimeError):
 
 
 class Interrupt(WalkCallback):
-    """Ends the run at an event of a block: `at`, or by SIGKILL where INTERRUPT_AT=event:block says."""
+    """Ends the run at an event of a block: `at`, or where INTERRUPT_AT=event:block says by the signals INTERRUPT_BY."""
 
     at: ClassVar[tuple[str, int] | None] = None
     block: ClassVar[int] = -1
 
     def _reach(self, event: str, index: int) -> None:
-        wanted = type(self).at or tuple(os.environ.get("INTERRUPT_AT", "nowhere:-1").split(":"))
-        if (event, index) == (wanted[0], int(wanted[1])):
-            if os.environ.get("INTERRUPT_AT"):
-                os.kill(os.getpid(), signal.SIGKILL)
+        if (event, index) == self.at:
             raise Interrupted(f"{event} of block {index}")
+        if os.environ.get("INTERRUPT_AT") == f"{event}:{index}":
+            for name in os.environ.get("INTERRUPT_BY", "SIGKILL").split():
+                os.kill(os.getpid(), signal.Signals[name])
 
     def on_block_start(self, walk: BlockWalk, index: int) -> None:
         Interrupt.block = index

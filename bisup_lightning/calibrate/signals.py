@@ -32,9 +32,9 @@ class Signals:
     """Hears the signals that ask a run to end, while a `with` block lasts.
 
     They are SIGINT and SIGTERM, and on SLURM SIGUSR1: pre-emption, after which the job goes back into the queue.
-    A first signal raises `Interrupted` at once, or, while `defer` is on, as soon as `check` is called: training defers, so that
-    a step is never cut in two, and checks after each. A second one ends the process on the spot. What lies on disk is
-    whole at any moment; saving on a signal only spares work.
+    A first signal raises `Interrupted` at once, or, while `defer` is on, as soon as `check` is called: training defers,
+    so that a step is never cut in two, and checks after each. A second one ends the process on the spot. What lies on
+    disk is whole at any moment; saving on a signal only spares work.
     """
 
     def __init__(self) -> None:
