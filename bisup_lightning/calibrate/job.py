@@ -19,7 +19,7 @@ import bisup_lightning
 from bisup_lightning.calibrate.driver import BlockWalk
 from bisup_lightning.calibrate.events import WalkCallback
 from bisup_lightning.calibrate.run_lock import RunLock
-from bisup_lightning.calibrate.run_store import METRICS, RESULTS, Progress, Resume, RunStore
+from bisup_lightning.calibrate.run_store import METRICS, Progress, Resume, RunStore
 from bisup_lightning.calibrate.signals import Signals
 from bisup_lightning.calibrate.solvers import Solver
 from bisup_lightning.data import corpus
@@ -107,7 +107,8 @@ def fit(job: Job) -> dict[str, Any]:
     with RunLock(job.run_dir) as lock:
         progress = store.open(fingerprint(job, plain), job.resume)
         if progress.finished and progress.whole:
-            return read_results(job.run_dir)
+            store.clear()  # where the run was killed when it had just finished
+            return store.results()
 
         # Before the work, so that a mistake in a text or a model shows at once.
         sets = evaluation_sets(job.evaluation, job.data.seq_len, job.seed, plain, tokenizer)
@@ -121,7 +122,7 @@ def fit(job: Job) -> dict[str, Any]:
         lock.claim()
         store.begin(job.config_yaml, tokens_NT)
         if progress.finished:  # what was lost beside the results is made again, or not needed
-            return read_results(job.run_dir)
+            return store.results()
         if len(progress.metrics) < plain.num_layers:
             walk(job, transformed, scheme, store, prompt_ids, tokens_NT, progress)
         model = job.run_dir / "model"
@@ -131,7 +132,7 @@ def fit(job: Job) -> dict[str, Any]:
         quantized = open_quantized(model, job.device)
         perplexity = evaluate(plain, quantized, sets, prompt_ids, job.evaluation.batch_size)
         store.finish(results(job, store, perplexity))
-    return read_results(job.run_dir)
+    return store.results()
 
 
 def transform(job: Job, plain: BlockwiseModel, probe_BT: torch.Tensor | None) -> BlockwiseModel:
@@ -317,12 +318,11 @@ def read_results(run_dir: Path) -> dict[str, Any]:
     """The results of a finished run.
 
     Raises:
-        UserError: If there are none.
+        UserError: If there are none, or the run is damaged.
     """
-    path = run_dir / RESULTS
-    if not path.is_file():
-        raise UserError(f"{run_dir} holds no finished run (no {RESULTS}); run fit with this run_dir first")
-    return json.loads(path.read_text(encoding="utf-8"))
+    store = RunStore(run_dir)
+    store.check_finished()
+    return store.results()
 
 
 def evaluate_run(job: Job) -> dict[str, Any]:

@@ -117,6 +117,19 @@ class RunStore:
         except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"run_dir: {self.run_dir} holds what no run writes ({error})") from error
 
+    def check_finished(self) -> None:
+        """See that a run is finished and whole.
+
+        Raises:
+            UserError: If it is not.
+        """
+        if not (self.run_dir / RESULTS).is_file():
+            raise UserError(f"{self.run_dir} holds no finished run (no {RESULTS}); run fit with this run_dir first")
+        _, files = self._read_manifest()
+        for name, digest in files.items():
+            if not self._is_whole(name, digest):
+                raise UserError(f"{self.run_dir / name} is missing or damaged; run fit again, which mends it")
+
     def check_blank(self) -> None:
         """Refuse a directory that holds anything but the beginnings of a first write.
 
@@ -168,6 +181,8 @@ class RunStore:
         while {f"blocks/{blocks:05d}/{name}" for name in (BLOCK, METRICS)} <= whole:
             blocks += 1
         metrics = [json.loads(self._text(f"blocks/{index:05d}/{METRICS}")) for index in range(blocks)]
+        if [block["index"] for block in metrics] != list(range(blocks)):
+            raise ValueError("figures of other blocks")
         streams_at = max((_number(name) for name in whole if name.startswith("streams/")), default=0)
         streams_at = streams_at if streams_at <= blocks else 0
         # Of a lost block on, all is made anew, as what follows was calibrated behind it; a finished model stays.
@@ -205,6 +220,10 @@ class RunStore:
             else:
                 return Partial(index, int(PurePosixPath(name).stem.split("-")[1]), path)
         return None
+
+    def results(self) -> dict[str, Any]:
+        """The content of results.json."""
+        return json.loads(self._text(RESULTS))
 
     def block_file(self, index: int) -> Path:
         """The tensors of finished block `index`."""
@@ -303,6 +322,10 @@ class RunStore:
         with self._recording("streams/", "partial/") as files:
             write_json(self.run_dir / RESULTS, results)
             self._add(files, RESULTS)
+        self.clear()
+
+    def clear(self) -> None:
+        """Drop what only resuming needs, of a finished run."""
         for folder in ("streams", "partial"):
             shutil.rmtree(self.run_dir / folder, ignore_errors=True)
 

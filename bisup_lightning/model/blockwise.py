@@ -59,11 +59,11 @@ class BlockwiseModel:
         scheme: Scheme | None = None,
         checkpoint: Checkpoint | None = None,
     ) -> None:
-        self.family = Family.of_folder(str(folder))
         self.checkpoint = checkpoint or Checkpoint(folder)
+        self.family = Family.of_folder(str(folder), self.checkpoint.num_layers)
         self.device, self.scheme = device, scheme
         if scheme is None:
-            self.checkpoint.check_layers(self.family.layer_shapes(0), self.family.num_layers)
+            self.checkpoint.check(self.family.shapes())
         self.storage_dtype = self.checkpoint.dtype()
         configured = cast(torch.dtype | None, self.family.config.dtype)  # transformers resolves its name
         self.dtype = dtype or configured or torch.float32

@@ -261,6 +261,16 @@ def test_a_finished_run_returns_at_once_and_touches_nothing(command, run, capsys
     assert first.endswith(again)  # the same table
 
 
+def test_a_run_that_was_cut_off_when_it_had_just_finished(command, run, undisturbed):
+    """The streams were to be dropped next, and are the largest files of all."""
+    shutil.copytree(undisturbed, run)
+    for name in ("streams/00003.safetensors", "partial/00002-0-000005.ckpt"):
+        (run / name).parent.mkdir()
+        (run / name).write_bytes(b"large")
+    assert main(command) == 0
+    assert_same_run(run, undisturbed)
+
+
 def test_a_finished_run_can_move(command, run, undisturbed, tmp_path):
     """Nothing in it names its own place."""
     moved = shutil.copytree(undisturbed, tmp_path / "moved")
