@@ -1,4 +1,4 @@
-"""Kills, full and broken disks, and damaged files, as many as one likes: `python -m tests.faults --kills 200`.
+"""Kills, full and broken disks, and damaged files, as many as one likes: `make faults`, or `python -m tests.faults`.
 
 Every run that is disturbed must end, by the same command, in the bytes of a run that nothing disturbed.
 """

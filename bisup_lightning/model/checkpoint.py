@@ -118,10 +118,6 @@ class Checkpoint:
                     except SafetensorError as error:
                         raise UserError(f"checkpoint: {self.folder / shard}: {name}: {error}") from error
 
-    def headers(self) -> dict[str, tuple[torch.Size, str]]:
-        """Shape and dtype (as safetensors calls it) of every tensor, without reading one."""
-        return dict(self._each(self.shard_of, _header))
-
     def check(self, shapes: Mapping[str, torch.Size]) -> None:
         """See that it holds the tensors that its architecture wants, and no others in a block, from the headers alone.
 
@@ -129,7 +125,7 @@ class Checkpoint:
             UserError: Naming the first that is missing, superfluous, of another shape, or quantized.
         """
         wanted = dict(shapes) | ({HEAD: shapes[EMBEDDING]} if HEAD in self else {})
-        for name, (shape, dtype) in self._each(wanted, _header):
+        for name, (shape, dtype) in self._each(wanted, header):
             where = f"checkpoint: {self.folder / self.shard_of[name]}: {name}"
             if shape != wanted[name]:
                 raise UserError(f"{where} has shape {list(shape)}, but config.json asks for {list(wanted[name])}")
@@ -180,6 +176,7 @@ class Checkpoint:
         return self.read([FINAL_NORM])[FINAL_NORM].dtype
 
 
-def _header(file: Any, name: str) -> tuple[torch.Size, str]:
+def header(file: Any, name: str) -> tuple[torch.Size, str]:
+    """Shape and dtype (as safetensors calls it) of a tensor in an open file, without reading it."""
     part = file.get_slice(name)
     return torch.Size(part.get_shape()), part.get_dtype()
