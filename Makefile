@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check
+.PHONY: demo test faults check
 .DELETE_ON_ERROR:
 
 demo: .venv/requirements.stamp
@@ -12,6 +12,9 @@ demo: .venv/requirements.stamp
 
 test: .venv/requirements-dev.stamp
 	$(BIN)/python -m pytest
+
+faults: .venv/requirements-dev.stamp  # kills, full and broken disks, damaged files: ten minutes on two cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults --kills 200
 
 check: .venv/requirements-dev.stamp
 	$(BIN)/ruff check .

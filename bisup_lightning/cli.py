@@ -1,10 +1,8 @@
-"""The command line: reads configurations, builds what they describe, starts it. The only reader of configuration."""
+"""The command line: builds what configurations describe, and starts it. Nothing below it knows of configurations."""
 
-import argparse
 import copy
 import logging
 import os
-import re
 import signal
 import sys
 import warnings
@@ -14,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ActionConfigFile, ArgumentError, Namespace, lazy_instance, set_parsing_settings
+from jsonargparse import ArgumentError, Namespace, lazy_instance
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 
 from bisup_lightning.calibrate.analysis import analyze_run
+from bisup_lightning.calibrate.checkpoint_io import WholeFileIO
 from bisup_lightning.calibrate.events import WalkCallback
 from bisup_lightning.calibrate.job import (
     Compile,
@@ -34,6 +32,7 @@ from bisup_lightning.calibrate.job import (
 from bisup_lightning.calibrate.run_store import CONFIG, Resume
 from bisup_lightning.calibrate.signals import Interrupted, Signals, requeue
 from bisup_lightning.calibrate.solvers import Solver
+from bisup_lightning.configuration import TRUST, check_file, flatten, new_parser, one_line, root_message, trust
 from bisup_lightning.data.corpus import CalibrationData
 from bisup_lightning.data.prompt import Prompt
 from bisup_lightning.errors import UserError
@@ -55,15 +54,6 @@ HARMLESS = (
     "config", "run_dir", "checkpoint", "resume", "trainer.logger", "trainer.callbacks", "trainer.profiler",
     "trainer.devices",
 )  # fmt: skip
-TRUST = "--trust_classes_from"  # never read from a file: who writes a configuration does not decide whom to trust
-TRUSTED = ["bisup_lightning", "callbacks", "lightning", "pytorch_lightning"]
-
-
-def new_parser(description: str) -> LightningArgumentParser:
-    """A parser that raises instead of exiting, and reads configurations that build upon each other."""
-    parser = LightningArgumentParser(prog="main.py", description=description, exit_on_error=False)
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file; several compose, the last one wins.")
-    return parser
 
 
 def fit_parser() -> LightningArgumentParser:
@@ -167,22 +157,13 @@ def trainer_factory(settings: Namespace, callbacks: Sequence[Callback], logs: Pa
             callbacks=[c if isinstance(c, WalkCallback) else copy.deepcopy(c) for c in callbacks],
             max_epochs=epochs,
             log_every_n_steps=1,
+            plugins=[WholeFileIO()],
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
         )
 
     return make
-
-
-def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted key."""
-    if not isinstance(value, dict):
-        return {prefix: list(value) if isinstance(value, tuple) else value}  # as JSON gives it back
-    leaves: dict[str, Any] = {}
-    for name, child in value.items():
-        leaves |= flatten(child, f"{prefix}.{name}" if prefix else name)
-    return leaves
 
 
 def check_values(config: Namespace) -> None:
@@ -197,31 +178,17 @@ def check_values(config: Namespace) -> None:
                 QuantSpec(**vars(spec))
             except ValueError as error:
                 raise UserError(f"precision.{place}.{error}") from error
-    if not 0 <= config.seed < 2**62:
-        raise UserError(f"seed must lie in [0, 2^62), not {config.seed}")
+    for key, value in flatten(config.clone(with_meta=False).as_dict()).items():
+        if key.endswith("seed") and not 0 <= value < 2**62:
+            raise UserError(f"{key} must lie in [0, 2^62), not {value}")
+        if isinstance(value, int | float) and not key.endswith("seed") and not abs(value) < 2**31:
+            raise UserError(f"{key} must lie below 2^31, not {value}")
     if config.trainer.devices not in (1, "1", "auto"):
         raise UserError(
             f"trainer.devices must be 1 or auto, not {config.trainer.devices}: one device calibrates for now"
         )
     if (clip := config.trainer.gradient_clip_val) is not None and clip < 0:
         raise UserError(f"trainer.gradient_clip_val must be 0 or more, not {clip}")
-
-
-def root_message(error: BaseException) -> str:
-    """What went wrong first: the parser wraps it in an account of all that it tried."""
-    while (cause := error.__cause__ or error.__context__) is not None:
-        error = cause
-    return str(error)
-
-
-def one_line(error: Exception) -> str:
-    """The error's message for a person."""
-    message = str(error)
-    if isinstance(error, ArgumentError) and "Union subtypes" in message:
-        key = ".".join(re.findall(r'Parser key "([^"]+)"', message))
-        given = re.search(r"Given value: (?!Namespace|NestedArg)(.+)", message)
-        message = f"{key}: {root_message(error)}" + (f" (given: {given[1]})" if given else "")
-    return " ".join(message.split())
 
 
 def make_job(parser: LightningArgumentParser, config: Namespace, signals: Signals) -> Job:
@@ -258,27 +225,6 @@ def make_job(parser: LightningArgumentParser, config: Namespace, signals: Signal
         compile=config.compile,
         signals=signals,
     )
-
-
-def trust(arguments: Sequence[str]) -> list[str]:
-    """Let values name classes of this project and of Lightning alone, and of the modules given for `TRUST`.
-
-    Naming a class imports its module, and importing runs what is in it.
-
-    Returns:
-        The other arguments.
-
-    Raises:
-        UserError: If no module is named, or none that may be.
-    """
-    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    options.add_argument(TRUST, action="append", default=[], metavar="MODULE")
-    try:
-        known, others = options.parse_known_args(arguments)
-        set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=TRUSTED + known.trust_classes_from)
-    except (SystemExit, ValueError) as error:
-        raise UserError(f"{TRUST}: name a module, such as my_package.solvers") from error
-    return others
 
 
 def run(arguments: Sequence[str], signals: Signals) -> None:
@@ -343,6 +289,7 @@ def finished_job(run_dir: Path, accelerator: str, signals: Signals) -> Job:
     """
     read_results(run_dir)
     parser = fit_parser()
+    check_file(run_dir / CONFIG)
     config = parser.parse_path(run_dir / CONFIG)
     config.run_dir = run_dir
     config.trainer.accelerator = accelerator
@@ -388,15 +335,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with Signals() as signals:
         try:
             run(sys.argv[1:] if arguments is None else arguments, signals)
-        except (Interrupted, SIGTERMException):
-            assert signals.received is not None
-            if signals.received == signal.SIGUSR1:
-                requeue()
+        except Interrupted as interruption:
             print("interrupted; the same command goes on from here", file=sys.stderr)
-            return Interrupted(signals.received).exit_code
+            if interruption.signum == signal.SIGUSR1:
+                requeue()
+            return interruption.exit_code
         except AuditError as error:
             print(f"error: {one_line(error)}; nothing was published", file=sys.stderr)
             return 1
+        except torch.OutOfMemoryError as error:  # where halving the batch is no help: outside of calibration
+            print(f"error: {one_line(error)} Give a smaller evaluation.batch_size", file=sys.stderr)
+            return 2
         except (UserError, ArgumentError, OSError) as error:
             print(f"error: {one_line(error)}", file=sys.stderr)
             return 2

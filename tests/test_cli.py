@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bisup_lightning.cli import main
-from tests.conftest import ROOT
+from tests.inputs import ROOT
 from tests.tools import GPTQ, RTN, Interrupt, Interrupted, contents, traces, with_callback
 
 ATOM = "--transform=bisup_lightning.transform.reorder.Atom"

@@ -8,7 +8,7 @@ from bisup_lightning.cli import build_parser, fit_parser
 from bisup_lightning.transform.reorder import Atom
 from bisup_lightning.transform.rotate import QuaRot
 from bisup_lightning.transform.transform import NoTransform
-from tests.conftest import ROOT
+from tests.inputs import ROOT
 
 CONFIGS = ROOT / "configs"
 BASE, DEMO = CONFIGS / "base.yaml", CONFIGS / "demo.yaml"

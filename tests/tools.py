@@ -4,6 +4,7 @@ A callback is made by the command line, so what it saw lies on its class; `Watch
 """
 
 import hashlib
+import json
 import os
 import signal
 from pathlib import Path
@@ -17,6 +18,11 @@ from bisup_lightning.calibrate.events import WalkCallback
 
 SOLVER = "--solver=bisup_lightning.calibrate.solvers."
 RTN, GPTQ, BISUP = SOLVER + "RTN", SOLVER + "GPTQ", SOLVER + "BiSup"
+QUAROT = "--transform=bisup_lightning.transform.rotate.QuaRot"
+EAGER = (  # all that can be saved is saved as often as can be
+    "--trainer.callbacks=[{class_path: callbacks.bf16.BF16}, {class_path: callbacks.fuse.Fuse}, "
+    "{class_path: callbacks.checkpoint.BlockCheckpoint, init_args: {every_n_seconds: 0, streams_every_n_seconds: 0}}]"
+)
 
 
 def with_callback(callback: type) -> str:
@@ -39,22 +45,30 @@ def traces(folder: Path) -> dict[str, tuple[int, int, int]]:
     return {str(path): (path.stat().st_ino, path.stat().st_size, path.stat().st_mtime_ns) for path in paths}
 
 
+def timeless(run: Path) -> dict[str, object]:
+    """results.json without what depends on the clock or the machine's memory."""
+    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    for block in results["blocks"]:
+        del block["seconds"]
+    return {key: results[key] for key in ("perplexity", "blocks", "fingerprint")}
+
+
 class Interrupted(RuntimeError):
     """The power is cut."""
 
 
 class Interrupt(WalkCallback):
-    """Ends the run at an event of a block: `at`, or by SIGKILL where INTERRUPT_AT=event:block says."""
+    """Ends the run at an event of a block: `at`, or where INTERRUPT_AT=event:block says by the signals INTERRUPT_BY."""
 
     at: ClassVar[tuple[str, int] | None] = None
     block: ClassVar[int] = -1
 
     def _reach(self, event: str, index: int) -> None:
-        wanted = type(self).at or tuple(os.environ.get("INTERRUPT_AT", "nowhere:-1").split(":"))
-        if (event, index) == (wanted[0], int(wanted[1])):
-            if os.environ.get("INTERRUPT_AT"):
-                os.kill(os.getpid(), signal.SIGKILL)
+        if (event, index) == self.at:
             raise Interrupted(f"{event} of block {index}")
+        if os.environ.get("INTERRUPT_AT") == f"{event}:{index}":
+            for name in os.environ.get("INTERRUPT_BY", "SIGKILL").split():
+                os.kill(os.getpid(), signal.Signals[name])
 
     def on_block_start(self, walk: BlockWalk, index: int) -> None:
         Interrupt.block = index

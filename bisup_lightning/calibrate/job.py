@@ -19,7 +19,7 @@ import bisup_lightning
 from bisup_lightning.calibrate.driver import BlockWalk
 from bisup_lightning.calibrate.events import WalkCallback
 from bisup_lightning.calibrate.run_lock import RunLock
-from bisup_lightning.calibrate.run_store import METRICS, RESULTS, Progress, Resume, RunStore
+from bisup_lightning.calibrate.run_store import METRICS, Progress, Resume, RunStore
 from bisup_lightning.calibrate.signals import Signals
 from bisup_lightning.calibrate.solvers import Solver
 from bisup_lightning.data import corpus
@@ -111,8 +111,9 @@ def fit(job: Job) -> dict[str, Any]:
     store = RunStore(job.run_dir)
     with RunLock(job.run_dir) as lock:
         progress = store.open(fingerprint(job, plain), job.resume)
-        if progress.finished:
-            return read_results(job.run_dir)
+        if progress.finished and progress.whole:
+            store.clear()  # where the run was killed when it had just finished
+            return store.results()
 
         # Before the work, so that a mistake in a text or a model shows at once.
         sets = evaluation_sets(job.evaluation, job.data.seq_len, job.seed, plain, tokenizer)
@@ -125,6 +126,8 @@ def fit(job: Job) -> dict[str, Any]:
         transformed = transform(job, plain, None if progress.metrics else probe_BT)
         lock.claim()
         store.begin(job.config_yaml, tokens_NT)
+        if progress.finished:  # what was lost beside the results is made again, or not needed
+            return store.results()
         if len(progress.metrics) < plain.num_layers:
             with torch.compiler.set_stance("default" if compiles(job, plain) else "force_eager"):
                 walk(job, transformed, scheme, store, prompt_ids, tokens_NT, progress)
@@ -138,7 +141,7 @@ def fit(job: Job) -> dict[str, Any]:
         scores = score_models(checkpoint, model, tokenizer, prompt_ids, job.evaluation, plain.dtype, job.device)
         sizes = {"checkpoint": size_on_disk(checkpoint), "model": size_on_disk(model)}
         store.finish(results(job, store, perplexity, scores, sizes))
-    return read_results(job.run_dir)
+    return store.results()
 
 
 def transform(job: Job, plain: BlockwiseModel, probe_BT: torch.Tensor | None) -> BlockwiseModel:
@@ -345,12 +348,11 @@ def read_results(run_dir: Path) -> dict[str, Any]:
     """The results of a finished run.
 
     Raises:
-        UserError: If there are none.
+        UserError: If there are none, or the run is damaged.
     """
-    path = run_dir / RESULTS
-    if not path.is_file():
-        raise UserError(f"{run_dir} holds no finished run (no {RESULTS}); run fit with this run_dir first")
-    return json.loads(path.read_text(encoding="utf-8"))
+    store = RunStore(run_dir)
+    store.check_finished()
+    return store.results()
 
 
 def evaluate_run(job: Job) -> dict[str, Any]:

@@ -21,8 +21,9 @@ class RunLock:
     """Keeps other processes out of a run directory while a `with` block lasts.
 
     The directory itself is locked, which leaves no trace in it, and which the kernel undoes when a process dies in
-    whatever way. File systems that do not share such locks between hosts are covered by the owner's sign of life:
-    a file that `claim` writes and renews. An owner that is silent for a minute is dead, and its run is taken over.
+    whatever way. File systems that know no such locks, or do not share them between hosts, are covered by the owner's
+    sign of life: a file that `claim` writes and renews. An owner that is silent for a minute is dead, and its run is
+    taken over.
 
     Args:
         run_dir: The directory; need not exist before `claim`.
@@ -39,7 +40,11 @@ class RunLock:
 
     def __enter__(self) -> "RunLock":
         if self.run_dir.is_dir():
-            self._lock()
+            try:
+                self._lock()
+            except UserError:
+                self._unlock()
+                raise
         return self
 
     def claim(self) -> None:
@@ -54,16 +59,17 @@ class RunLock:
 
     def _lock(self) -> None:
         self._descriptor = os.open(self.run_dir, os.O_RDONLY)
+        locked = True
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(f"{self._refusal()}; wait until it ends, or name another directory") from error
         except OSError:
-            pass  # a file system without such locks: the sign of life alone decides
+            locked = False  # a file system without such locks: the sign of life alone decides
         with suppress(OSError, ValueError, KeyError, TypeError):  # no owner, or none that can be read
             silent_for = time.time() - self.owner.stat().st_mtime
             elsewhere = json.loads(self.owner.read_text(encoding="utf-8"))["host"] != socket.gethostname()
-            if elsewhere and silent_for < SILENCE:
+            if (elsewhere or not locked) and silent_for < SILENCE:
                 raise UserError(f"{self._refusal()}; if it is dead, try again in {SILENCE:.0f} s")
 
     def _refusal(self) -> str:
@@ -87,5 +93,8 @@ class RunLock:
             self._ended.set()
             self._pulse.join()
             self.owner.unlink(missing_ok=True)
+        self._unlock()
+
+    def _unlock(self) -> None:
         if self._descriptor is not None:
             os.close(self._descriptor)

@@ -7,6 +7,8 @@ does not count; what it names and is gone or damaged is made again from what is 
 import hashlib
 import json
 import logging
+import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -23,6 +27,10 @@ from bisup_lightning.files import publish, replacing, sha256, sync, write_json, 
 MANIFEST, CONFIG, RESULTS, TOKENS = "manifest.json", "config.yaml", "results.json", "tokens.safetensors"
 BLOCK, METRICS = "block.safetensors", "metrics.json"
 FOLDERS = ("blocks", "streams", "partial", "model")
+NAMES = re.compile(  # all that a manifest may speak of
+    r"config\.yaml|results\.json|tokens\.safetensors|blocks/\d{5}/(block\.safetensors|metrics\.json)"
+    r"|streams/\d{5}\.safetensors|partial/\d{5}-\d+-\d+\.ckpt|model/(?!\.\.?$)[^/]+"
+)
 
 Resume = Literal["auto", "never", "must"]
 log = logging.getLogger(__name__)
@@ -55,7 +63,8 @@ class Progress:
         streams_at: See `streams`.
         partial: Where the next block's training stopped, if it was saved.
         published: Whether `model/` is complete.
-        finished: Whether all is done.
+        finished: Whether the results are there, too.
+        whole: Whether nothing that the run once wrote is lost.
     """
 
     metrics: list[dict[str, Any]]
@@ -65,6 +74,7 @@ class Progress:
     partial: Partial | None
     published: bool
     finished: bool
+    whole: bool
 
 
 class RunStore:
@@ -97,12 +107,28 @@ class RunStore:
             if resume == "must":
                 raise UserError(f"resume: {self.run_dir} holds no run to go on with; drop --resume must to begin one")
             self.check_blank()
-            return Progress([], None, None, 0, None, False, False)
+            return Progress([], None, None, 0, None, published=False, finished=False, whole=True)
         if resume == "never":
             raise UserError(f"resume: {self.run_dir} holds a run already; name a new run_dir, or drop --resume never")
         recorded, self.files = self._read_manifest()
         self._refuse_difference(recorded, fingerprint)
-        return self._survey()
+        try:
+            return self._survey()
+        except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UserError(f"run_dir: {self.run_dir} holds what no run writes ({error})") from error
+
+    def check_finished(self) -> None:
+        """See that a run is finished and whole.
+
+        Raises:
+            UserError: If it is not.
+        """
+        if not (self.run_dir / RESULTS).is_file():
+            raise UserError(f"{self.run_dir} holds no finished run (no {RESULTS}); run fit with this run_dir first")
+        _, files = self._read_manifest()
+        for name, digest in files.items():
+            if not self._is_whole(name, digest):
+                raise UserError(f"{self.run_dir / name} is missing or damaged; run fit again, which mends it")
 
     def check_blank(self) -> None:
         """Refuse a directory that holds anything but the beginnings of a first write.
@@ -124,9 +150,12 @@ class RunStore:
             fingerprint, files = dict(manifest["fingerprint"]), dict(manifest["files"])
             if manifest["sha256"] != _digest(fingerprint, files):
                 raise ValueError("its own SHA-256 does not fit")
-            for name in files:
-                if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-                    raise ValueError(f"it names {name}, which lies outside of the directory")
+            here = os.path.realpath(self.run_dir)
+            for name in [*files, *FOLDERS]:
+                if name in files and not NAMES.fullmatch(name):
+                    raise ValueError(f"it names {name}, which no run writes")
+                if os.path.realpath(self.run_dir / name) != os.path.join(here, name):
+                    raise ValueError(f"{name} is a link that leads elsewhere")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"run_dir: {path} is damaged ({error}); name another directory") from error
         return fingerprint, files
@@ -143,28 +172,34 @@ class RunStore:
         """What of the named files is whole, and how far that reaches. The rest is forgotten."""
         whole = {name for name, digest in self.files.items() if self._is_whole(name, digest)}
         if lost := sorted(self.files.keys() - whole):
-            log.warning(f"run_dir: {self.run_dir / lost[0]} is missing or damaged; making it again ({len(lost)} lost)")
+            what = f"{self.run_dir / lost[0]} is missing or damaged" + (f", and {len(lost) - 1} more" * (len(lost) > 1))
+            log.warning(f"run_dir: {what}; making again what is still needed")
         model = {name for name in self.files if name.startswith("model/")}
-        published, finished = bool(model) and model <= whole, RESULTS in whole
+        published = bool(model) and model <= whole
+        finished = published and RESULTS in whole
         blocks = 0
         while {f"blocks/{blocks:05d}/{name}" for name in (BLOCK, METRICS)} <= whole:
             blocks += 1
         metrics = [json.loads(self._text(f"blocks/{index:05d}/{METRICS}")) for index in range(blocks)]
+        if [block["index"] for block in metrics] != list(range(blocks)):
+            raise ValueError("figures of other blocks")
         streams_at = max((_number(name) for name in whole if name.startswith("streams/")), default=0)
         streams_at = streams_at if streams_at <= blocks else 0
-        # Of a damaged block on, all is made anew: what follows was calibrated behind it.
-        keep = {CONFIG, TOKENS, RESULTS} | {name for name in whole if published and name.startswith("model/")}
+        # Of a lost block on, all is made anew, as what follows was calibrated behind it; a finished model stays.
+        keep = {CONFIG, TOKENS, self._streams_name(streams_at)} | (model if published else set())
         keep |= {f"blocks/{index:05d}/{name}" for index in range(blocks) for name in (BLOCK, METRICS)}
-        keep |= {self._streams_name(streams_at)} | {n for n in whole if n.startswith(f"partial/{blocks:05d}-")}
-        self.files = {name: digest for name, digest in self.files.items() if name in whole & keep}
+        keep |= {name for name in whole if name.startswith(f"partial/{blocks:05d}-")}
+        keep = whole if finished else whole & keep
+        self.files = {name: digest for name, digest in self.files.items() if name in keep}
         return Progress(
             metrics=metrics,
-            tokens_NT=load_file(self.run_dir / TOKENS)["calibration"] if TOKENS in self.files else None,
+            tokens_NT=load_file(self.run_dir / TOKENS)["calibration"] if TOKENS in keep else None,
             streams=load_file(self.run_dir / self._streams_name(streams_at)) if streams_at else None,
             streams_at=streams_at,
             partial=self._partial(blocks),
             published=published,
-            finished=finished and published,
+            finished=finished,
+            whole=not lost,
         )
 
     def _is_whole(self, name: str, digest: str) -> bool:
@@ -175,10 +210,20 @@ class RunStore:
         return (self.run_dir / name).read_text(encoding="utf-8")
 
     def _partial(self, index: int) -> Partial | None:
-        for name in self.files:
-            if name.startswith(f"partial/{index:05d}-"):
-                return Partial(index, int(PurePosixPath(name).stem.split("-")[1]), self.run_dir / name)
+        """The checkpoint inside a block, if there is one, and if it is no pickle that would run code."""
+        for name in (name for name in self.files if name.startswith(f"partial/{index:05d}-")):
+            path = self.run_dir / name
+            try:
+                torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            except Exception as error:  # whatever a foreign file makes the library stumble over
+                log.warning(f"run_dir: {path} is no checkpoint that can be read ({_first_line(error)}); not used")
+            else:
+                return Partial(index, int(PurePosixPath(name).stem.split("-")[1]), path)
         return None
+
+    def results(self) -> dict[str, Any]:
+        """The content of results.json."""
+        return json.loads(self._text(RESULTS))
 
     def block_file(self, index: int) -> Path:
         """The tensors of finished block `index`."""
@@ -277,6 +322,10 @@ class RunStore:
         with self._recording("streams/", "partial/") as files:
             write_json(self.run_dir / RESULTS, results)
             self._add(files, RESULTS)
+        self.clear()
+
+    def clear(self) -> None:
+        """Drop what only resuming needs, of a finished run."""
         for folder in ("streams", "partial"):
             shutil.rmtree(self.run_dir / folder, ignore_errors=True)
 
@@ -294,6 +343,10 @@ class RunStore:
     def _add(self, files: dict[str, str], *names: str) -> None:
         for name in names:
             files[name] = sha256(self.run_dir / name)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _number(name: str) -> int:

@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import threading
 from types import FrameType, TracebackType
 from typing import Any
@@ -63,8 +64,14 @@ class Signals:
             raise Interrupted(signum)
 
     def defer(self) -> None:
-        """From now on, a signal waits for `check`."""
+        """From now on, a signal waits for `check`.
+
+        A Trainer that fits puts a handler of its own before this one's, which would end an epoch without saving: that
+        one is taken out again, and what it replaced comes back when the Trainer has ended.
+        """
         self._deferred = True
+        for signum in self._previous:
+            signal.signal(signum, self._hear)
 
     def check(self) -> None:
         """Raise for a signal that has waited.
@@ -86,9 +93,12 @@ class Signals:
 
 
 def requeue() -> None:
-    """Put this SLURM job back into the queue, as Lightning does for a Trainer alone."""
+    """Put this SLURM job back into the queue, as Lightning does for a Trainer alone; say so if that fails."""
     if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
         job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     else:
         job = os.environ["SLURM_JOB_ID"]
-    subprocess.run(["scontrol", "requeue", job], check=False)
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        print(f"job {job} can't be put back into the queue: {error}", file=sys.stderr)

@@ -193,7 +193,8 @@ def self_generated(
     Raises:
         UserError: If the model has no token to begin a text with.
     """
-    model = AutoModelForCausalLM.from_pretrained(folder).to(device).eval()  # type: ignore[arg-type]  # a wrong stub
+    model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, trust_remote_code=False)
+    model = model.to(device).eval()  # type: ignore[arg-type]  # a wrong stub
     if (bos := model.config.bos_token_id) is None:
         raise UserError("data.calibration: self needs a model with a bos_token_id in config.json; give a text file")
     # A checkpoint's own habits (penalties, top-k, …) would bend the text.

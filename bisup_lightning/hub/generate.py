@@ -17,8 +17,9 @@ def complete(folder: Path, text: str, max_new_tokens: int, temperature: float, d
         temperature: 0 takes the likeliest token each time.
         device: Where to compute.
     """
-    model = AutoModelForCausalLM.from_pretrained(folder).to(device).eval()  # type: ignore[arg-type]  # stub lacks self
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, trust_remote_code=False)
+    model = model.to(device).eval()  # type: ignore[arg-type]  # stub lacks self
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     inputs = tokenizer(text, return_tensors="pt").to(device)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     ids_BT = model.generate(

@@ -93,12 +93,13 @@ class BlockwiseModel:
         checkpoint: Checkpoint | None = None,
         fused_attention: bool = False,
     ) -> None:
-        self.family = Family.of_folder(str(folder), FUSED_CAUSAL if fused_attention else "sdpa")
         self.fused_attention = fused_attention
         self.checkpoint = checkpoint or Checkpoint(folder)
+        attention = FUSED_CAUSAL if fused_attention else "sdpa"
+        self.family = Family.of_folder(str(folder), self.checkpoint.num_layers, attention)
         self.device, self.scheme = device, scheme
         if scheme is None:
-            self.checkpoint.check_layers(self.family.layer_shapes(0), self.family.num_layers)
+            self.checkpoint.check(self.family.shapes())
         self.storage_dtype = self.checkpoint.dtype()
         configured = cast(torch.dtype | None, self.family.config.dtype)  # transformers resolves its name
         self.dtype = dtype or configured or torch.float32

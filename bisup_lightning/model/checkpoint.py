@@ -13,9 +13,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bisup_lightning.errors import UserError
-from bisup_lightning.model.family import EMBEDDING, FINAL_NORM, HEAD, STORED_ROTARY, layer_prefix
+from bisup_lightning.model.family import EMBEDDING, FINAL_NORM, HEAD, STORED_ROTARY, layer_index, layer_prefix
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+FLOATS = ("F16", "BF16", "F32", "F64")  # what safetensors calls the dtypes of weights that are not quantized
 WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 
 
@@ -68,12 +69,12 @@ class Checkpoint:
                 self.shard_of = dict.fromkeys(shard.keys(), SINGLE)
             return
         try:
-            self.shard_of = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"checkpoint: {index} is not a weight index: {error}") from error
-        for name in set(self.shard_of.values()):
-            if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
-                raise UserError(f"checkpoint: {index} names the shard {name}, which is not in its folder")
+            self.shard_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            for name in set(self.shard_of.values()):
+                if Path(name).name != name or not (folder / name).is_file():
+                    raise ValueError(f"it names the shard {name}, which is not in its folder")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(f"checkpoint: {index} is not a weight index: {str(error)[:200]}") from error
 
     def _open(self, shard: str):
         try:
@@ -85,6 +86,11 @@ class Checkpoint:
     def shards(self) -> list[Path]:
         """The files that hold tensors, sorted."""
         return [self.folder / name for name in sorted(set(self.shard_of.values()))]
+
+    @property
+    def num_layers(self) -> int:
+        """How many blocks it holds tensors of."""
+        return len({layer_index(name) for name in self.shard_of} - {None})
 
     def __contains__(self, name: str) -> bool:
         return name in self.shard_of
@@ -112,28 +118,22 @@ class Checkpoint:
                     except SafetensorError as error:
                         raise UserError(f"checkpoint: {self.folder / shard}: {name}: {error}") from error
 
-    def headers(self) -> dict[str, tuple[torch.Size, str]]:
-        """Shape and dtype (as safetensors calls it) of every tensor, without reading one."""
-
-        def header(file: Any, name: str) -> tuple[torch.Size, str]:
-            part = file.get_slice(name)
-            return torch.Size(part.get_shape()), part.get_dtype()
-
-        return dict(self._each(self.shard_of, header))
-
-    def check_layers(self, shapes: Mapping[str, torch.Size], num_layers: int) -> None:
-        """See that every block has the tensors that its architecture wants, from the shards' headers alone.
+    def check(self, shapes: Mapping[str, torch.Size]) -> None:
+        """See that it holds the tensors that its architecture wants, and no others in a block, from the headers alone.
 
         Raises:
-            UserError: Naming the first that is missing or of another shape.
+            UserError: Naming the first that is missing, superfluous, of another shape, or quantized.
         """
-        wanted = {layer_prefix(index) + name: shape for index in range(num_layers) for name, shape in shapes.items()}
-        for name, stored in self._each(wanted, lambda file, name: file.get_slice(name).get_shape()):
-            if list(stored) != list(wanted[name]):
-                raise UserError(
-                    f"checkpoint: {self.folder / self.shard_of[name]}: {name} has shape {list(stored)}, "
-                    f"but config.json asks for {list(wanted[name])}"
-                )
+        wanted = dict(shapes) | ({HEAD: shapes[EMBEDDING]} if HEAD in self else {})
+        for name, (shape, dtype) in self._each(wanted, header):
+            where = f"checkpoint: {self.folder / self.shard_of[name]}: {name}"
+            if shape != wanted[name]:
+                raise UserError(f"{where} has shape {list(shape)}, but config.json asks for {list(wanted[name])}")
+            if dtype not in FLOATS:
+                raise UserError(f"{where} is {dtype}, not one of {', '.join(FLOATS)}; is it quantized already?")
+        for name, shard in self.shard_of.items():
+            if layer_index(name) is not None and name not in wanted and STORED_ROTARY not in name:
+                raise UserError(f"checkpoint: {self.folder / shard}: {name} does not belong in such a block")
 
     def head_name(self, tied: bool) -> str:
         """The name of the output projection's tensor; `tied`: whether the configuration ties it to the embedding."""
@@ -174,3 +174,9 @@ class Checkpoint:
     def dtype(self) -> torch.dtype:
         """The dtype that the final norm, and by convention all else, is stored in."""
         return self.read([FINAL_NORM])[FINAL_NORM].dtype
+
+
+def header(file: Any, name: str) -> tuple[torch.Size, str]:
+    """Shape and dtype (as safetensors calls it) of a tensor in an open file, without reading it."""
+    part = file.get_slice(name)
+    return torch.Size(part.get_shape()), part.get_dtype()

@@ -1,9 +1,12 @@
 """What a checkpoint's architecture calls its parts. The only file that names Hugging Face attributes."""
 
 import copy
+import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 import transformers
@@ -53,6 +56,12 @@ STORED_ROTARY = ".rotary_emb."  # frequencies that old checkpoints hold in every
 def layer_prefix(index: int) -> str:
     """What the names of block `index`'s tensors begin with in a checkpoint."""
     return f"model.layers.{index}."
+
+
+def layer_index(name: str) -> int | None:
+    """The block that a checkpoint's tensor of this name belongs to, if any."""
+    found = re.match(r"model\.layers\.(\d{1,9})\.", name)
+    return None if found is None else int(found[1])
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -112,19 +121,38 @@ class Family:
         self.num_kv_heads: int = config.num_key_value_heads
         self.head_dim = head_dim(config)
         self.vocab_size: int = config.vocab_size
+        if config.num_attention_heads % self.num_kv_heads:
+            raise ValueError(f"{config.num_attention_heads} attention heads can't share {self.num_kv_heads} KV heads")
+        rotated = 2 * self._skeleton.model.rotary_emb.inv_freq.numel()
+        if rotated != self.head_dim:
+            raise ValueError(f"{rotated} channels of a head are rotated, not {self.head_dim}")
 
     @classmethod
-    def of_folder(cls, folder: str, attention: str = "sdpa") -> "Family":
+    def of_folder(cls, folder: str, num_layers: int, attention: str = "sdpa") -> "Family":
         """Read the configuration in a checkpoint's folder.
 
+        Args:
+            folder: The folder.
+            num_layers: How many blocks the checkpoint holds: nothing is built for others that a configuration names.
+            attention: See the class.
+
         Raises:
-            UserError: If it can't be read or names an unsupported architecture.
+            UserError: If it can't be read, contradicts itself or the checkpoint, or names an unsupported architecture.
         """
         try:
-            config = AutoConfig.from_pretrained(folder)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"checkpoint: {folder}/config.json: {str(error).splitlines()[0]}") from error
-        return cls(config, attention)
+            text = Path(folder, "config.json").read_text(encoding="utf-8")
+            named = json.loads(text, parse_constant=_refuse_constant).get("num_hidden_layers", num_layers)
+            if named == num_layers:
+                family = cls(AutoConfig.from_pretrained(folder, trust_remote_code=False), attention)
+                named = family.num_layers
+            if named != num_layers:
+                raise ValueError(f"num_hidden_layers is {named}, but the weights are those of {num_layers} blocks")
+        except UserError:
+            raise
+        except Exception as error:  # whatever a damaged file makes the library stumble over
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(f"checkpoint: {folder}/config.json: {reason[:300]}") from error
+        return family
 
     def empty_layer(self, index: int) -> nn.Module:
         """Block `index` on the meta device, to be filled with `load_state_dict(..., assign=True)`.
@@ -155,6 +183,14 @@ class Family:
             return window if types[index] == "sliding_attention" else None
         return window
 
+    def shapes(self) -> dict[str, torch.Size]:
+        """Name and shape of every tensor that a checkpoint must hold; a head is needed only where it is not tied."""
+        vocabulary = torch.Size([self.vocab_size, self.hidden_size])
+        shapes = {EMBEDDING: vocabulary, FINAL_NORM: torch.Size([self.hidden_size])}
+        for index in range(self.num_layers):
+            shapes |= {layer_prefix(index) + name: shape for name, shape in self.layer_shapes(index).items()}
+        return shapes
+
     def layer_shapes(self, index: int) -> dict[str, torch.Size]:
         """Name and shape of every tensor of block `index`."""
         return {name: tensor.shape for name, tensor in decoder_layers(self._skeleton)[index].state_dict().items()}
@@ -164,3 +200,7 @@ def linear_inputs(layer: nn.Module) -> Iterator[tuple[LinearInput, list[nn.Modul
     """Each quantized activation of a block with the linears that read it."""
     for entry in LINEAR_INPUTS:
         yield entry, [layer.get_submodule(name) for name in entry.linears]
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number")

@@ -10,7 +10,7 @@ from bisup_lightning.quant.affine import dequantize, quantize
 from bisup_lightning.quant.clipping import search_weight_clip
 from bisup_lightning.quant.gptq import Segment, accumulate_hessian, gptq_quantize
 from bisup_lightning.quant.spec import QuantSpec
-from tests.conftest import DEMO
+from tests.inputs import DEMO
 
 LENGTH = 256
 

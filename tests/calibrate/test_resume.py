@@ -1,22 +1,29 @@
 """A run may end anywhere: the same command goes on, and what it leaves are the bytes of a run that never stopped."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
+import signal
+from pathlib import Path
 
 import pytest
 
 from bisup_lightning.cli import main
-from tests.conftest import ROOT
-from tests.tools import BISUP, CutOff, Interrupt, Interrupted, Watch, contents, traces, with_callback
+from tests.faults import flip, truncate
+from tests.processes import Run
+from tests.tools import (
+    BISUP,
+    EAGER,
+    QUAROT,
+    CutOff,
+    Interrupt,
+    Interrupted,
+    Watch,
+    contents,
+    timeless,
+    traces,
+    with_callback,
+)  # fmt: skip
 
-# All that can be saved is saved as often as can be.
-EAGER = (
-    "{class_path: callbacks.checkpoint.BlockCheckpoint, init_args: {every_n_seconds: 0, streams_every_n_seconds: 0}}"
-)
-CALLBACKS = f"[{{class_path: callbacks.bf16.BF16}}, {{class_path: callbacks.fuse.Fuse}}, {EAGER}]"
 SETTINGS = (BISUP, "--solver.epochs=3", with_callback(Watch), with_callback(Interrupt))
 LAST = 2
 PLACES = [
@@ -64,14 +71,6 @@ def interrupt(monkeypatch, command, place):
     monkeypatch.setattr(Interrupt, "at", None)
 
 
-def timeless(run):
-    """results.json without what depends on the clock or the machine's memory."""
-    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
-    for block in results["blocks"]:
-        del block["seconds"]
-    return {key: results[key] for key in ("perplexity", "blocks", "fingerprint")}
-
-
 def assert_same_run(run, undisturbed):
     assert contents(run / "model") == contents(undisturbed / "model")
     assert timeless(run) == timeless(undisturbed)
@@ -112,12 +111,9 @@ def test_a_run_that_was_cut_off_while_it_was_measured(monkeypatch, command, run,
 
 
 def test_a_run_that_was_killed(command, run, undisturbed):
-    """SIGKILL inside a block: no handler, no clean-up."""
-    environment = {**os.environ, "INTERRUPT_AT": "on_train_epoch_end:1"}
-    killed = subprocess.run(
-        [sys.executable, "main.py", *command], cwd=ROOT, env=environment, capture_output=True, timeout=120, check=False
-    )
-    assert killed.returncode == -9, killed.stderr
+    """SIGKILL inside a block: no handler, no clean-up. `make faults` does it a few hundred times."""
+    code, _ = Run(command, environment={"INTERRUPT_AT": "on_train_epoch_end:1"}).wait()
+    assert code == -signal.SIGKILL
     assert main(command) == 0
     assert_same_run(run, undisturbed)
 
@@ -127,7 +123,7 @@ def test_training_goes_on_at_the_step_where_it_was_saved(monkeypatch, fit_argume
     checkpoint = make_checkpoint(num_hidden_layers=2)
 
     def command(run):  # 8 sequences: 3 steps an epoch, 9 a block
-        more = ("--data.batch_size=3", f"--trainer.callbacks={CALLBACKS}", with_callback(CutOff))
+        more = ("--data.batch_size=3", EAGER, with_callback(CutOff))
         return fit_arguments(checkpoint, tmp_path / run, BISUP, "--solver.epochs=3", *more)
 
     monkeypatch.setattr(CutOff, "steps_left", None)
@@ -154,40 +150,101 @@ def test_training_goes_on_at_the_step_where_it_was_saved(monkeypatch, fit_argume
 def test_what_a_write_left_half_done_is_no_hindrance(monkeypatch, command, run, undisturbed):
     """Files and folders that were being written when the power went."""
     interrupt(monkeypatch, command, ("on_block_start", 1))
-    for folder in ("blocks/00001.tmp", "blocks/00001", "model.tmp"):
+    for folder in ("blocks/00001.tmp", "blocks/00001", "model.tmp", "model", "streams", "partial"):
         (run / folder).mkdir(parents=True, exist_ok=True)
         for name in ("block.safetensors", "metrics.json", "config.json"):
             (run / folder / name).write_bytes(b"half")
-    for file in ("streams/00001.safetensors", "streams/00001.safetensors.tmp", "manifest.json.tmp"):
+    for file in ("streams/00001.safetensors", "partial/00001-0-000001.ckpt", "manifest.json.tmp", "results.json.tmp"):
         (run / file).write_bytes(b"half")
     assert main(command) == 0
+    assert_same_run(run, undisturbed)
+
+
+DAMAGED = {
+    "config.yaml": flip,
+    "tokens.safetensors": truncate,
+    "blocks/00000/block.safetensors": flip,
+    "blocks/00000/metrics.json": Path.unlink,
+    "streams/00001.safetensors": truncate,
+    "partial/00001-0-000003.ckpt": flip,
+}
+
+
+@pytest.fixture
+def eager(monkeypatch, command):
+    """The command that saves all that can be saved, behind a run that was cut off inside block 1."""
+    command = [*command, EAGER, *(with_callback(kind) for kind in (Watch, Interrupt))]
+    interrupt(monkeypatch, command, ("on_train_epoch_end", 1))
+    return command
+
+
+def test_damage_is_mended_and_never_built_upon(eager, run, undisturbed, caplog, tmp_path):
+    for place, (name, damage) in enumerate(DAMAGED.items()):
+        copy = shutil.copytree(run, tmp_path / f"copy-{place}")
+        damage(copy / name)
+        caplog.clear()
+        assert main([*eager, f"--run_dir={copy}"]) == 0
+        assert caplog.messages[0].startswith(f"run_dir: {copy / name} is missing or damaged")
+        assert_same_run(copy, undisturbed)
+
+
+def test_what_is_left_is_used(eager, run, undisturbed):
+    """Without the streams, the finished block is only run through; the block at hand goes on where it stopped."""
+    truncate(run / "streams" / "00001.safetensors")
+    Watch.fresh()
+    assert main([*eager, with_callback(CutOff)]) == 0
+    assert [result.index for result in Watch.results] == [1, 2]
+    assert_same_run(run, undisturbed)
+
+
+@pytest.mark.parametrize("name", ["model/model-00001.safetensors", "model/config.json", "model/tokenizer.json"])
+def test_a_damaged_model_is_put_together_again(command, run, undisturbed, name):
+    shutil.copytree(undisturbed, run)  # which copies what was linked
+    flip(run / name)
+    Watch.fresh()
+    assert main(command) == 0
+    assert not Watch.results  # from the finished blocks
+    assert_same_run(run, undisturbed)
+
+
+def test_lost_results_are_measured_again(command, run, undisturbed):
+    shutil.copytree(undisturbed, run)
+    flip(run / "results.json")
+    before = contents(run / "blocks")
+    assert main(command) == 0
+    assert contents(run / "blocks") == before
+    assert_same_run(run, undisturbed)
+
+
+def test_a_finished_run_gets_back_what_others_need_of_it(command, run, undisturbed, capsys):
+    """`test` reads config.yaml; a lost block costs nothing, as its tensors are in the model."""
+    shutil.copytree(undisturbed, run)
+    config = (run / "config.yaml").read_text()
+    flip(run / "config.yaml")
+    (run / "blocks" / "00000" / "metrics.json").unlink()
+    Watch.fresh()
+    assert main(command) == 0
+    assert not Watch.results
+    assert (run / "config.yaml").read_text() == config.replace(str(undisturbed), str(run))
     assert contents(run / "model") == contents(undisturbed / "model")
-    assert timeless(run) == timeless(undisturbed)
-
-
-@pytest.mark.parametrize("name", ["blocks/00000/block.safetensors", "blocks/00000/metrics.json", "streams"])
-@pytest.mark.parametrize("how", ["flipped", "gone"])
-def test_damage_is_never_built_upon(monkeypatch, command, run, undisturbed, capsys, name, how):
-    """Refused with the file's name, or mended; the result is never another."""
-    interrupt(monkeypatch, command, ("on_block_start", 1))
     capsys.readouterr()
-    path = run / name
-    if path.is_dir():
-        (path,) = path.iterdir()
-    if how == "gone":
-        path.unlink()
-    else:
-        content = bytearray(path.read_bytes())
-        content[-2] ^= 1
-        path.write_bytes(content)
-    code = main(command)
-    if code == 0:
-        assert_same_run(run, undisturbed)
-    else:
-        error = capsys.readouterr().err
-        assert code == 2
-        assert path.name in error
-        assert len(error.splitlines()) == 1
+    before = traces(run)
+    assert main(command) == 0
+    assert traces(run) == before
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("damage", [flip, truncate])
+def test_a_damaged_manifest_is_refused(command, run, undisturbed, capsys, damage):
+    shutil.copytree(undisturbed, run)
+    damage(run / "manifest.json")
+    before = traces(run)
+    capsys.readouterr()
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert "manifest.json is damaged" in error
+    assert traces(run) == before
 
 
 def test_a_finished_run_returns_at_once_and_touches_nothing(command, run, capsys):
@@ -202,6 +259,16 @@ def test_a_finished_run_returns_at_once_and_touches_nothing(command, run, capsys
     assert not Watch.dtypes  # no block was even opened
     assert "block" not in again
     assert first.endswith(again)  # the same table
+
+
+def test_a_run_that_was_cut_off_when_it_had_just_finished(command, run, undisturbed):
+    """The streams were to be dropped next, and are the largest files of all."""
+    shutil.copytree(undisturbed, run)
+    for name in ("streams/00003.safetensors", "partial/00002-0-000005.ckpt"):
+        (run / name).parent.mkdir()
+        (run / name).write_bytes(b"large")
+    assert main(command) == 0
+    assert_same_run(run, undisturbed)
 
 
 def test_a_finished_run_can_move(command, run, undisturbed, tmp_path):
@@ -225,7 +292,7 @@ CHANGES = {
     "--seed=5": "seed: 0 → 5",
     "--solver.epochs=4": "solver.init_args.epochs: 3 → 4",
     "--precision.kv=null": "precision.kv",
-    "--transform=bisup_lightning.transform.rotate.QuaRot": "QuaRot",
+    QUAROT: "QuaRot",
 }
 
 

@@ -17,7 +17,7 @@ from bisup_lightning.data.corpus import (
     tokenize,
 )
 from bisup_lightning.errors import UserError
-from tests.conftest import DEMO
+from tests.inputs import DEMO
 
 CPU = torch.device("cpu")
 ROWS = ["", " = A title =\n", "", " First paragraph of words .\n", " Second paragraph , with “quotes” .\n", ""] * 40

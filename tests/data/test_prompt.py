@@ -5,7 +5,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from bisup_lightning.data.prompt import Prompt
 from bisup_lightning.errors import UserError
-from tests.conftest import DEMO
+from tests.inputs import DEMO
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"

@@ -13,7 +13,7 @@ from bisup_lightning.calibrate.signals import Signals
 from bisup_lightning.data.corpus import evaluation_tokens
 from bisup_lightning.evaluate.perplexity import evaluate
 from bisup_lightning.model.blockwise import BlockwiseModel
-from tests.conftest import DEMO, ROOT
+from tests.inputs import DEMO, ROOT
 from tests.tools import RTN
 
 CPU = torch.device("cpu")

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from bisup_lightning.cli import main
-from tests.conftest import ROOT
+from tests.inputs import ROOT
 
 QUAROT, ATOM, GPTQ, RTN, BISUP = (
     [f"--config={ROOT / 'configs' / part}"]

@@ -20,8 +20,8 @@ from bisup_lightning.model.checkpoint import INDEX
 from bisup_lightning.model.family import LINEAR_INPUTS
 from bisup_lightning.model.kv import BlockKV, KVQuantizer
 from bisup_lightning.quant.spec import QuantSpec, Scheme
-from tests.conftest import ROOT
 from tests.hub.conftest import RUNS
+from tests.inputs import ROOT
 
 CPU = torch.device("cpu")
 every_run = pytest.mark.parametrize("name", RUNS)

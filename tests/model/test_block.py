@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bisup_lightning.calibrate.block_calibration import MIN_CLIP, BlockCalibration, Optimization
+from bisup_lightning.calibrate.block_calibration import BlockCalibration, Optimization
 from bisup_lightning.model.block import (
     Theta,
     add_theta,
@@ -210,7 +210,9 @@ def test_training_step_is_the_loss_of_equation_8(kind):
         wanted = reference.block_loss(slow, problem.x_q, full, problem.x_fp, problem.prompt)
     assert slow.tie_distance > 2e-5
     positions = positions_of(problem.family, LENGTH, case.prompt, torch.float32)
-    module = BlockCalibration(problem.layer(torch.float32), positions, problem.kv(torch.float32), Optimization())
+    module = BlockCalibration(
+        problem.layer(torch.float32), positions, problem.kv(torch.float32), Optimization(), steps=1
+    )
     loss = module.training_step((problem.x_q, target.float()), 0)
     assert loss.dtype == torch.float32
     assert relative(loss, wanted) < 1e-6
@@ -475,7 +477,7 @@ def test_quantize_layer_leaves_the_checkpoints_tensors_alone(scheme):
 # --- learning ---------------------------------------------------------------------------------------------------------
 
 
-def calibration(theta, scheme, dtype=torch.float32, lr_scale=1.0):
+def calibration(theta, scheme, dtype=torch.float32):
     """A BlockCalibration with its batch and optimizer."""
     family, layer = quantized("llama", scheme, dtype, orders=with_orders(family_of("llama"), scheme))
     x = random_hidden(1, 4, LENGTH, family.hidden_size, dtype)
@@ -487,7 +489,7 @@ def calibration(theta, scheme, dtype=torch.float32, lr_scale=1.0):
     statistics.add_pass()
     add_theta(layer, theta, torch.Generator().manual_seed(0), statistics.absmax)
     kv = BlockKV(KVQuantizer.of(scheme), prompt)
-    module = BlockCalibration(layer, positions, kv, Optimization(schedule="constant"), lr_scale)
+    module = BlockCalibration(layer, positions, kv, Optimization(schedule="constant"), steps=25)
     return module, (x, target), module.configure_optimizers()["optimizer"]
 
 
@@ -499,7 +501,6 @@ def learn(module, batch, optimizer, steps):
         loss = module.training_step(batch, step)
         loss.backward()
         optimizer.step()
-        module.on_train_batch_end(loss, batch, step)
         losses.append(loss.item())
     return losses
 
@@ -552,14 +553,6 @@ def test_clip_values_learn_at_their_own_rate():
     for name, parameter in theta_parameters(module.layer).items():
         kind = {"smoothing": wanted.smoothing_lr, "low_rank_a": wanted.low_rank_lr, "low_rank_b": wanted.low_rank_lr}
         assert rates[id(parameter)] == kind.get(name.rsplit(".", 1)[1], wanted.clip_lr), name
-
-
-def test_clip_values_stay_positive():
-    """A clip value below zero would scale Δ to nothing and never come back."""
-    module, batch, optimizer = calibration(VARIANTS["clip"], Scheme(), lr_scale=100.0)
-    learn(module, batch, optimizer, 3)
-    for name, parameter in theta_parameters(module.layer).items():
-        assert parameter.min() >= MIN_CLIP, name
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------

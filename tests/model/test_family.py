@@ -23,7 +23,7 @@ from bisup_lightning.model.family import (
     linear_inputs,
     online_rotation,
 )
-from tests.conftest import SMALL
+from tests.inputs import SMALL
 
 every_type = pytest.mark.parametrize("model_type", SUPPORTED)
 
@@ -152,9 +152,10 @@ def test_rotary_and_final_norm_are_the_models_own(model_type):
 
 @pytest.mark.parametrize("model_type", ["gpt2", "gemma2", "mixtral", "opt"])
 def test_an_unsupported_architecture_is_named_beside_those_supported(tmp_path, model_type):
-    AutoConfig.for_model(model_type).save_pretrained(tmp_path)
+    config = AutoConfig.for_model(model_type)
+    config.save_pretrained(tmp_path)
     with pytest.raises(UserError) as caught:
-        Family.of_folder(str(tmp_path))
+        Family.of_folder(str(tmp_path), config.num_hidden_layers)
     message = str(caught.value)
     assert f"'{model_type}'" in message
     assert all(supported in message for supported in SUPPORTED)
@@ -168,5 +169,5 @@ def test_an_unsupported_architecture_is_named_beside_those_supported(tmp_path, m
 def test_a_damaged_configuration_is_one_line(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(UserError, match=r"config\.json") as caught:
-        Family.of_folder(str(tmp_path))
+        Family.of_folder(str(tmp_path), 2)
     assert "\n" not in str(caught.value)
