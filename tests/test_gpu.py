@@ -13,7 +13,7 @@ from bisup_lightning.model.block import Theta, add_theta, quantize_layer, theta_
 from bisup_lightning.model.blockwise import BlockwiseModel, run_layer
 from bisup_lightning.model.kv import BlockKV, KVQuantizer
 from bisup_lightning.quant.spec import Precision, QuantSpec, Scheme
-from tests.conftest import DEMO
+from tests.inputs import DEMO
 from tests.tools import BISUP, CutOff, Interrupted, contents, with_callback
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

@@ -52,13 +52,12 @@ def quantized(model, index, scheme):
     return quantize_layer(layer, scheme, model.family.config, 0.9, torch.float32, orders)
 
 
-@pytest.mark.parametrize("prompt_length", [0, 1, 5])
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize(("name", "prompt_length"), [("row", 0), ("groups", 1), ("hadamard", 5), ("outliers", 1)])
 def test_a_training_step_of_every_block_is_one_graph(model, compiled, name, prompt_length):
     """Loss and gradients of the eager step, from one compilation."""
     scheme, (step, counter) = SCHEMES[name], compiled(block_loss)
     x_BTD, target_BTD = torch.randn(2, 2, 12, 64, generator=torch.Generator().manual_seed(0)).unbind(0)
-    for index in range(3):
+    for index in range(2):
         layer = quantized(model, index, scheme)
         add_theta(layer, Theta(rank=4, smoothing_start="ones"), torch.Generator().manual_seed(0))
         positions = model.positions(index, 12, prompt_length)
@@ -75,7 +74,7 @@ def test_a_training_step_of_every_block_is_one_graph(model, compiled, name, prom
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("name", ["groups", "hadamard"])
 def test_forward_passes_of_every_block_are_one_graph(model, compiled, name):
     scheme, (run, counter) = SCHEMES[name], compiled(run_layer_fast)
     x_BTD = torch.randn(2, 12, 64, generator=torch.Generator().manual_seed(0))
