@@ -72,8 +72,9 @@ def fit_parser() -> LightningArgumentParser:
     parser.add_argument(
         "--compile",
         type=Compile,
-        default="auto",
-        help="auto: compile the blocks on a GPU if the model is so large that it pays; always; never.",
+        default="never",
+        help="Compile the blocks on a GPU (an experiment, see README): never; always; auto: if the model is so large "
+        "that it pays.",
     )
     parser.add_argument("--seed", type=int, default=0, help="Seed of all that is drawn.")
     parser.add_class_arguments(Precision, "precision", help="What is quantized, and how finely.")

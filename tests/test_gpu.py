@@ -103,16 +103,15 @@ def test_a_compiled_step_is_as_close_to_float32_as_an_eager_one(hadamard):
         assert distance(narrow_compiled, name) < 2 * distance(narrow, name) + 0.05, name
 
 
-@pytest.mark.parametrize("compile", ["never", "always"])
-def test_a_run_that_was_cut_off_ends_in_the_same_bytes(make_checkpoint, fit_arguments, tmp_path, compile):
-    """With deterministic algorithms, cut off inside a block and saved there."""
+def test_a_run_that_was_cut_off_ends_in_the_same_bytes(make_checkpoint, fit_arguments, tmp_path):
+    """With deterministic algorithms, cut off inside a block and saved there; not promised for compiled blocks."""
     checkpoint = make_checkpoint("llama", dtype=torch.bfloat16)
     eager = "{class_path: callbacks.checkpoint.BlockCheckpoint, init_args: {every_n_seconds: 0}}"
     callbacks = f"[{{class_path: callbacks.bf16.BF16}}, {{class_path: callbacks.fuse.Fuse}}, {eager}]"
 
     def command(run):
         return fit_arguments(
-            checkpoint, tmp_path / run, BISUP, "--solver.epochs=3", "--trainer.accelerator=gpu", f"--compile={compile}",
+            checkpoint, tmp_path / run, BISUP, "--solver.epochs=3", "--trainer.accelerator=gpu",
             "--trainer.deterministic=true", f"--trainer.callbacks={callbacks}", with_callback(CutOff),
         )  # fmt: skip
 

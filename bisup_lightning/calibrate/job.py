@@ -83,7 +83,7 @@ class Job:
     settings: Mapping[str, Any]
     config_yaml: str
     resume: Resume = "auto"
-    compile: Compile = "auto"
+    compile: Compile = "never"
     signals: Signals = field(default_factory=Signals)
 
 

@@ -130,11 +130,16 @@ class BlockwiseModel:
     def packed_layer(self, index: int, tensors: Mapping[str, Tensor], scheme: Scheme) -> nn.Module:
         """Block `index` around the tensors that a fused block stores, ready to run.
 
-        Scales and clip values stay in the dtype that they are given in: they are part of the quantizers' arithmetic.
+        What belongs to quantizers is in float32, in which they compute, as in the block when it was fused.
         """
         layer = pack_layer(self.family.empty_layer(index), scheme, self.family.config)
         layer.load_state_dict(
-            {name: tensor if is_quantizers(name) else tensor.to(self.dtype) for name, tensor in tensors.items()},
+            {
+                name: tensor.to(torch.float32 if is_quantizers(name) else self.dtype)
+                if tensor.is_floating_point()
+                else tensor
+                for name, tensor in tensors.items()
+            },
             assign=True,
         )
         return layer.requires_grad_(False)

@@ -55,22 +55,22 @@ def scale_and_offset(
 
 
 class _Largest(torch.autograd.Function):
-    """Largest element of the last dimension, kept; its gradient is shared by all that equal it.
+    """Largest element of the last dimension, kept; its gradient goes to the first that equals it.
 
-    What amax does, but with no division by zero where compiled code computes x anew, a digit off, and finds no equal.
+    Found by its place: compiled code computes x anew in the backward pass, a digit off, and may find nothing equal.
     """
 
     @staticmethod
     def forward(ctx, x):
-        largest = x.amax(-1, keepdim=True)
-        ctx.save_for_backward(x, largest)
+        largest, place = x.max(-1, keepdim=True)
+        ctx.save_for_backward(place)
+        ctx.size = x.shape[-1]
         return largest
 
     @staticmethod
     def backward(ctx, grad):
-        x, largest = ctx.saved_tensors
-        equal = x == largest
-        return grad * equal / equal.sum(-1, keepdim=True).clamp_min(1)
+        (place,) = ctx.saved_tensors
+        return grad * (torch.arange(ctx.size, device=grad.device) == place)
 
 
 def as_stored(x: Tensor, dtype: torch.dtype | None) -> Tensor:
