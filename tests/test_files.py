@@ -37,7 +37,7 @@ def test_json_and_text_are_replaced_whole(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("fails_at", [0, 1, 2, 3])
+@pytest.mark.parametrize("fails_at", [1, 3])  # `make faults` tries every operation
 def test_a_full_disk_is_one_line_and_the_next_try_ends_as_if_nothing_had_been(
     fails_at, make_checkpoint, fit_arguments, tmp_path, monkeypatch, capsys
 ):

@@ -254,9 +254,12 @@ class RunStore:
         On a run that goes on, drops what does not count.
         """
         for folder in FOLDERS:
-            for path in (self.run_dir / folder).glob("*"):
-                if not any(name.startswith(f"{folder}/{path.name}") for name in self.files):
-                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            for path in sorted((self.run_dir / folder).rglob("*"), reverse=True):  # a folder after what it holds
+                if path.is_dir() and not path.is_symlink():
+                    if not any(path.iterdir()):
+                        path.rmdir()
+                elif path.relative_to(self.run_dir).as_posix() not in self.files:
+                    path.unlink()
         with self._recording() as files:
             if CONFIG not in files:
                 write_text(self.run_dir / CONFIG, config_yaml)
