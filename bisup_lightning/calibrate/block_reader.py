@@ -1,4 +1,4 @@
-"""Reads the next block while one is being calibrated."""
+"""Reads the next block while a GPU calibrates one."""
 
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -9,7 +9,7 @@ from bisup_lightning.model.blockwise import BlockwiseModel
 
 
 class BlockReader:
-    """Gives the tensors of one block after another, each read, moved to the device and transformed beforehand.
+    """Gives the tensors of one block after another; on a GPU each is read, moved there and transformed beforehand.
 
     Args:
         model: The full-precision model; its dtype may be set until the first block is read.
@@ -22,26 +22,26 @@ class BlockReader:
         self._stream = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
 
     def read(self, index: int) -> dict[str, Tensor]:
-        """The tensors of block `index` on the device; the block behind it is read from now on.
+        """The tensors of block `index` on the device; on a GPU, the block behind it is read from now on.
 
         Raises:
             UserError: If the checkpoint is damaged.
         """
+        if self._stream is None:  # a CPU has nothing to do it beside
+            return self.model.layer_tensors(index)
         known, future = self._next or (-1, None)
         if future is None or known != index:
-            future = self._executor.submit(self._read, index)
+            future = self._executor.submit(self._read, index, self._stream)
         tensors = future.result()
         following = index + 1
         if following < self.model.num_layers:
-            self._next = following, self._executor.submit(self._read, following)
+            self._next = following, self._executor.submit(self._read, following, self._stream)
         return tensors
 
-    def _read(self, index: int) -> dict[str, Tensor]:
-        if self._stream is None:
-            return self.model.layer_tensors(index)
-        with torch.cuda.stream(self._stream):  # beside the kernels of the block at hand
+    def _read(self, index: int, stream: torch.cuda.Stream) -> dict[str, Tensor]:
+        with torch.cuda.stream(stream):  # beside the kernels of the block at hand
             tensors = self.model.layer_tensors(index)
-        self._stream.synchronize()
+        stream.synchronize()
         for tensor in tensors.values():  # from here on, the walk's own stream uses this memory
             tensor.record_stream(torch.cuda.default_stream(self.model.device))
         return tensors

@@ -32,13 +32,13 @@ def peak_bytes(arguments):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_grows_with_a_block_and_not_with_the_model(make_checkpoint, fit_arguments, tmp_path):
-    """Twelve blocks need what three need, of which one is read ahead: the growth stays far below the nine others."""
+    """Twelve blocks need what one needs: the growth stays far below the eleven others, shards and artifact alike."""
     peaks, bytes_of_blocks = {}, 0
-    for layers in (3, LAYERS):
+    for layers in (1, LAYERS):
         folder = make_checkpoint(num_hidden_layers=layers, max_shard_size="20MB", vocab_size=8192, **WIDE)
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         bytes_of_blocks = size - bytes_of_blocks
         peaks[layers] = peak_bytes(fit_arguments(folder, tmp_path / str(layers), RTN, "--data.num_samples=4"))
-    assert bytes_of_blocks > 110e6  # nine blocks; both streams together have half a megabyte
-    growth = peaks[LAYERS] - peaks[3]
+    assert bytes_of_blocks > 140e6  # eleven blocks; both streams together have half a megabyte
+    growth = peaks[LAYERS] - peaks[1]
     assert growth < bytes_of_blocks / 3, f"{growth / 1e6:.0f} MB more for {bytes_of_blocks / 1e6:.0f} MB of blocks"
