@@ -24,7 +24,7 @@ from tests.tools import BISUP, EAGER, GPTQ, QUAROT, Interrupt, contents, timeles
 
 KILLS_IN_A_RUN = 6
 NEVER = 10**9
-TIMED = ("config.yaml", "manifest.json", "metrics.json", "results.json")  # hold the run's name, or times
+TIMED = ("config.yaml", "manifest.json", "metrics.json", "results.json", "report.html")  # hold the run's name, or times
 HARMLESS = ("link", "unlink", "rmdir", "mkdir")  # what a run can do without; a folder may be there already
 
 

@@ -49,7 +49,7 @@ def timeless(run: Path) -> dict[str, object]:
     """results.json without what depends on the clock or the machine's memory."""
     results = json.loads((run / "results.json").read_text(encoding="utf-8"))
     for block in results["blocks"]:
-        del block["seconds"]
+        del block["seconds"], block["phases"]
     return {key: results[key] for key in ("perplexity", "blocks", "fingerprint")}
 
 
