@@ -11,7 +11,7 @@ demo: .venv/requirements.stamp
 	$(BIN)/python main.py compare runs/demo-rtn runs/demo
 
 test: .venv/requirements-dev.stamp
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 faults: .venv/requirements-dev.stamp  # kills, full and broken disks, damaged files: ten minutes on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults --kills 200

@@ -21,14 +21,9 @@ from rich.console import Console
 from bisup_lightning.calibrate.analysis import analyze_run
 from bisup_lightning.calibrate.checkpoint_io import WholeFileIO
 from bisup_lightning.calibrate.events import WalkCallback
-from bisup_lightning.calibrate.job import (
-    Compile,
-    Job,
-    evaluate_checkpoint,
-    evaluate_run,
-    fit,
-    read_results,
-)
+from bisup_lightning.calibrate.fit import fit
+from bisup_lightning.calibrate.job import Compile, Job
+from bisup_lightning.calibrate.measure import evaluate_checkpoint, evaluate_run, read_results
 from bisup_lightning.calibrate.run_store import CONFIG, Resume
 from bisup_lightning.calibrate.signals import Interrupted, Signals, requeue
 from bisup_lightning.calibrate.solvers import Solver

@@ -20,6 +20,7 @@ class Telemetry(WalkCallback):
     def on_block_start(self, walk: BlockWalk, index: int) -> None:
         """Note how many tokens an epoch sees, and where."""
         self.tokens, self.device = walk.inputs.num_tokens, walk.model.device
+        self.started: float | None = None
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
@@ -33,6 +34,8 @@ class Telemetry(WalkCallback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log; the device is waited for once an epoch, never within it."""
+        if self.started is None:  # a resumed run ends this epoch, but did not begin it
+            return
         figures = {f"learning_rate/{kind}": float(rate) for kind, rate in self.rates.items()}
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from bisup_lightning.calibrate.block_calibration import block_loss
-from bisup_lightning.calibrate.job import read_results
+from bisup_lightning.calibrate.measure import read_results
 from bisup_lightning.cli import main
 from bisup_lightning.evaluate.perplexity import final_hidden
 from bisup_lightning.hub.load import open_quantized

@@ -4,9 +4,12 @@ from typing import Any
 
 from torch import Tensor
 
-from bisup_lightning.calibrate.job import Job, calibration_tokens, evaluation_sets, open_checkpoint, open_quantized
+from bisup_lightning.calibrate.fit import calibration_tokens
+from bisup_lightning.calibrate.job import Job
+from bisup_lightning.calibrate.measure import evaluation_sets, open_checkpoint
 from bisup_lightning.evaluate.errors import attention_maps, hidden_errors
 from bisup_lightning.files import write_json
+from bisup_lightning.hub.load import open_quantized
 from bisup_lightning.model.blockwise import BlockwiseModel
 
 ANALYSIS = "analysis.json"

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from bisup_lightning.calibrate import block_calibration, driver, solvers
 from bisup_lightning.calibrate.block_calibration import Optimization
 from bisup_lightning.cli import main
+from bisup_lightning.model import blockwise
 from bisup_lightning.model.checkpoint import INDEX
 from tests.calibrate.test_block_calibration import Problem
 from tests.tools import BISUP, EAGER, GPTQ, QUAROT, RTN, Interrupt, Interrupted, Poison, Watch, contents, with_callback
@@ -22,7 +23,7 @@ def small_device(monkeypatch):
     """`small_device(2)`: blocks run out of memory above two sequences; `small_device.failures` counts how often."""
 
     def shrink(most, training_only=False):
-        run_layer = driver.run_layer
+        run_layer = blockwise.run_layer
 
         def limited(layer, hidden_BTD, positions, kv):
             if len(hidden_BTD) > most and (torch.is_grad_enabled() or not training_only):
@@ -33,8 +34,11 @@ def small_device(monkeypatch):
             return run_layer(layer, hidden_BTD, positions, kv)
 
         shrink.failures = 0
-        for module in (driver, solvers, block_calibration):
-            monkeypatch.setattr(module, "run_layer", limited)
+        for module, name in (
+            (driver, "run_layer_fast"), (solvers, "run_layer_fast"), (solvers, "run_layer"),
+            (block_calibration, "run_layer"),
+        ):  # fmt: skip
+            monkeypatch.setattr(module, name, limited)
 
     return shrink
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from bisup_lightning.calibrate.job import open_quantized
 from bisup_lightning.cli import main
 from bisup_lightning.evaluate.errors import HiddenErrors, attention_maps, hidden_errors
+from bisup_lightning.hub.load import open_quantized
 from bisup_lightning.model.blockwise import BlockwiseModel
 from tests.report.test_page import Elements
 from tests.tools import RTN

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bisup_lightning.calibrate.job import open_quantized
 from bisup_lightning.data.corpus import evaluation_tokens
+from bisup_lightning.hub.load import open_quantized
 from bisup_lightning.hub.quantizer import BisupConfig
 from bisup_lightning.model.blockwise import run_layer
 from bisup_lightning.model.checkpoint import INDEX

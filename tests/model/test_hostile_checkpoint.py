@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bisup_lightning.calibrate.job import open_checkpoint
+from bisup_lightning.calibrate.measure import open_checkpoint
 from bisup_lightning.cli import main
 from bisup_lightning.errors import UserError
 from bisup_lightning.model.checkpoint import INDEX, SINGLE

@@ -1,0 +1,173 @@
+"""One run from checkpoint to artifact: check, walk, assemble, evaluate. Every step finds what an earlier try left."""
+
+import json
+import platform
+import resource
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+import transformers
+from transformers import PreTrainedTokenizerBase
+
+import bisup_lightning
+from bisup_lightning.calibrate.driver import BlockWalk
+from bisup_lightning.calibrate.job import Job, check, compiles, fingerprint
+from bisup_lightning.calibrate.measure import check_vocabulary, evaluation_sets, open_checkpoint, score_models
+from bisup_lightning.calibrate.run_lock import RunLock
+from bisup_lightning.calibrate.run_store import METRICS, Progress, RunStore
+from bisup_lightning.data import corpus
+from bisup_lightning.evaluate.perplexity import evaluate
+from bisup_lightning.hub.load import open_quantized
+from bisup_lightning.hub.save import save_model
+from bisup_lightning.model.blockwise import BlockwiseModel
+from bisup_lightning.quant.spec import Scheme
+from bisup_lightning.transform.invariance import check_invariance
+
+
+def fit(job: Job) -> dict[str, Any]:
+    """Quantize a checkpoint, or go on with what an interrupted run left; a finished one returns at once.
+
+    Returns:
+        The content of results.json.
+
+    Raises:
+        UserError: If something that the user gave can't be used.
+        Interrupted: If a signal asked the run to end.
+    """
+    plain, tokenizer = open_checkpoint(job.checkpoint, job.device)
+    prompt_ids = job.prompt.ids(tokenizer, plain.family.config)
+    check_vocabulary(torch.tensor(prompt_ids), plain)
+    scheme = job.transform.scheme(job.precision)
+    check(job, plain, scheme)
+    store = RunStore(job.run_dir)
+    with RunLock(job.run_dir) as lock:
+        progress = store.open(fingerprint(job, plain), job.resume)
+        if progress.finished and progress.whole:
+            store.clear()  # where the run was killed when it had just finished
+            return store.results()
+
+        # Before the work, so that a mistake in a text or a model shows at once.
+        sets = evaluation_sets(job.evaluation, job.data.seq_len, job.seed, plain, tokenizer)
+        plain.head()
+        tokens_NT = progress.tokens_NT
+        if tokens_NT is None:
+            tokens_NT = calibration_tokens(job, plain.checkpoint.folder, tokenizer)
+            check_vocabulary(tokens_NT, plain)
+        probe_BT = tokens_NT[:1, :64]
+        transformed = transform(job, plain, None if progress.metrics else probe_BT)
+        lock.claim()
+        store.begin(job.config_yaml, tokens_NT)
+        if progress.finished:  # what was lost beside the results is made again, or not needed
+            return store.results()
+        if len(progress.metrics) < plain.num_layers:
+            with torch.compiler.set_stance("default" if compiles(job, plain) else "force_eager"):
+                walk(job, transformed, scheme, store, prompt_ids, tokens_NT, progress)
+        model = job.run_dir / "model"
+        if not progress.published:
+            save_model(model, transformed, store.block_digests(), scheme, prompt_ids, plain.dtype, probe_BT)
+            store.publish_model()
+        quantized = open_quantized(model, job.device)
+        perplexity = evaluate(plain, quantized, sets, prompt_ids, job.evaluation.batch_size, tokenizer)
+        checkpoint = plain.checkpoint.folder
+        scores = score_models(checkpoint, model, tokenizer, prompt_ids, job.evaluation, plain.dtype, job.device)
+        sizes = {"checkpoint": size_on_disk(checkpoint), "model": size_on_disk(model)}
+        store.finish(results(job, store, perplexity, scores, sizes))
+    return store.results()
+
+
+def transform(job: Job, plain: BlockwiseModel, probe_BT: torch.Tensor | None) -> BlockwiseModel:
+    """The full-precision model behind its transform.
+
+    Args:
+        job: What was asked for.
+        plain: The model as it is.
+        probe_BT: A few token ids [B, T] whose logits the transform must leave as they are; None if that is known.
+
+    Raises:
+        UserError: If it does not.
+    """
+    folder, checkpoint = plain.checkpoint.folder, plain.checkpoint
+    transformed = job.transform.checkpoint(checkpoint, plain.family, job.device)
+    if transformed is not checkpoint and probe_BT is not None:
+        exact, rotated = (
+            BlockwiseModel(folder, job.device, torch.float32, checkpoint=one) for one in (checkpoint, transformed)
+        )
+        check_invariance(exact, rotated, probe_BT)
+    # On a CPU, the walk computes with the kernels, and so in the last digits, of the model as transformers loads it.
+    return BlockwiseModel(folder, job.device, checkpoint=transformed, fused_attention=job.device.type == "cuda")
+
+
+def walk(
+    job: Job,
+    model: BlockwiseModel,
+    scheme: Scheme,
+    store: RunStore,
+    prompt_ids: Sequence[int],
+    tokens_NT: torch.Tensor,
+    progress: Progress,
+) -> None:
+    """Calibrate the blocks that are left."""
+    block_walk = BlockWalk(
+        model=model,
+        transform=job.transform,
+        scheme=scheme,
+        solver=job.solver,
+        store=store,
+        prompt_ids=prompt_ids,
+        batch_size=job.data.batch_size,
+        seed=job.seed,
+        callbacks=job.callbacks,
+        make_trainer=job.make_trainer,
+        signals=job.signals,
+    )
+    block_walk.prepare()
+    block_walk.resume(tokens_NT, progress)
+    block_walk.run()
+
+
+def calibration_tokens(job: Job, folder: Path, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """Token ids [N, T] to calibrate on."""
+    data = job.data
+    if data.calibration == "self":
+        return corpus.self_generated(folder, data.num_samples, data.seq_len, job.seed, job.device)
+    return corpus.calibration_tokens(data, tokenizer, job.seed)
+
+
+def size_on_disk(folder: Path) -> int:
+    """Bytes of a folder's weights."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def results(
+    job: Job, store: RunStore, perplexity: Mapping[str, Any], zero_shot: Mapping[str, Any], sizes: Mapping[str, int]
+) -> dict[str, Any]:
+    """The content of results.json."""
+    blocks = [json.loads(path.with_name(METRICS).read_text(encoding="utf-8")) for path in store.block_digests()]
+    seconds = sum(block["seconds"] for block in blocks)
+    tokens = job.data.num_samples * job.data.seq_len * len(blocks)
+    on_gpu = job.device.type == "cuda"
+    return {
+        "checkpoint": job.checkpoint,
+        "perplexity": perplexity,
+        "zero_shot": zero_shot,
+        "bytes": dict(sizes),
+        "blocks": blocks,
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+        "peak_device_bytes": torch.cuda.max_memory_allocated(job.device) if on_gpu else 0,
+        "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "device": torch.cuda.get_device_name(job.device) if on_gpu else platform.processor() or platform.machine(),
+        "versions": {
+            "bisup_lightning": bisup_lightning.__version__,
+            "torch": torch.__version__,
+            "lightning": lightning.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "fingerprint": store.fingerprint,
+    }

@@ -1,0 +1,156 @@
+"""What a model is worth: perplexity and zero-shot scores of checkpoints and finished runs."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from bisup_lightning.calibrate.job import Job
+from bisup_lightning.calibrate.run_store import RunStore
+from bisup_lightning.data import corpus
+from bisup_lightning.data.prompt import Prompt
+from bisup_lightning.errors import UserError
+from bisup_lightning.evaluate.perplexity import Evaluation, evaluate
+from bisup_lightning.evaluate.zero_shot import check_tasks, zero_shot
+from bisup_lightning.hub.load import load_behind_prompt, load_quantized, open_quantized
+from bisup_lightning.model.blockwise import BlockwiseModel
+from bisup_lightning.model.checkpoint import resolve
+
+
+def evaluation_dtype(fp: BlockwiseModel) -> torch.dtype:
+    """What models compute in when measured and when loaded: the checkpoint's own dtype, or float32 on a CPU."""
+    assert fp.storage_dtype is not None
+    return torch.float32 if fp.device.type == "cpu" else fp.storage_dtype
+
+
+def open_checkpoint(checkpoint: str, device: torch.device) -> tuple[BlockwiseModel, PreTrainedTokenizerBase]:
+    """A full-precision checkpoint, to be computed block by block as it is measured, and its tokenizer.
+
+    Raises:
+        UserError: If it can't be used.
+    """
+    folder = resolve(checkpoint)
+    fp = BlockwiseModel(folder, device)
+    fp.dtype = evaluation_dtype(fp)
+    try:
+        return fp, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # whatever a damaged file makes the library stumble over
+        raise UserError(f"checkpoint: {folder} has no tokenizer that can be read: {error}") from error
+
+
+def evaluation_sets(
+    wanted: Evaluation, default_length: int, seed: int, fp: BlockwiseModel, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, torch.Tensor]:
+    """Token ids [N, T] of every set to measure on, by name (a file's name without its folder)."""
+    length = wanted.seq_len or default_length
+    sets = {}
+    for source in wanted.perplexity:
+        corpus.check_source("evaluation.perplexity", source)
+        if source == "self":
+            count, folder = wanted.max_chunks or 64, fp.checkpoint.folder
+            sets[source] = corpus.self_generated(folder, count, length, seed + corpus.HELD_OUT, fp.device)
+        else:
+            name = Path(source).name
+            name = source if name in sets else name
+            sets[name] = corpus.evaluation_tokens(source, tokenizer, length, wanted.max_chunks)
+            check_vocabulary(sets[name], fp)
+    return sets
+
+
+def check_vocabulary(ids: torch.Tensor, fp: BlockwiseModel) -> None:
+    """Refuse token ids that the model does not know.
+
+    Raises:
+        UserError: If the tokenizer belongs to another vocabulary.
+    """
+    if ids.numel() and int(ids.max()) >= fp.family.vocab_size:
+        raise UserError(
+            f"checkpoint: the tokenizer in {fp.checkpoint.folder} gives token {int(ids.max())}, but the model knows "
+            f"{fp.family.vocab_size}; they belong to different models"
+        )
+
+
+def read_results(run_dir: Path) -> dict[str, Any]:
+    """The results of a finished run.
+
+    Raises:
+        UserError: If there are none, or the run is damaged.
+    """
+    store = RunStore(run_dir)
+    store.check_finished()
+    return store.results()
+
+
+def evaluate_run(job: Job) -> dict[str, Any]:
+    """Measure a finished run's model again, as `fit` did: `perplexity` and `zero_shot` of results.json."""
+    check_tasks(job.evaluation.zero_shot)
+    fp, tokenizer = open_checkpoint(job.checkpoint, job.device)
+    sets = evaluation_sets(job.evaluation, job.data.seq_len, job.seed, fp, tokenizer)
+    model, prompt = job.run_dir / "model", job.prompt.ids(tokenizer, fp.family.config)
+    quantized = open_quantized(model, job.device)
+    folder = fp.checkpoint.folder
+    return {
+        "perplexity": evaluate(fp, quantized, sets, prompt, job.evaluation.batch_size, tokenizer),
+        "zero_shot": score_models(folder, model, tokenizer, prompt, job.evaluation, fp.dtype, job.device),
+    }
+
+
+def evaluate_checkpoint(
+    checkpoint: str, evaluation: Evaluation, prompt: Prompt, seed: int, device: torch.device
+) -> dict[str, Any]:
+    """Measure a full-precision checkpoint, plain and behind a prompt: `perplexity` and `zero_shot`.
+
+    Raises:
+        UserError: If it can't be used, or there is nothing to measure.
+    """
+    fp, tokenizer = open_checkpoint(checkpoint, device)
+    if not evaluation.perplexity and not evaluation.zero_shot:
+        raise UserError("evaluation.perplexity: name at least one set, such as '[wikitext2]', or evaluation.zero_shot")
+    check_tasks(evaluation.zero_shot)
+    sets = evaluation_sets(evaluation, 2048, seed, fp, tokenizer)
+    ids = prompt.ids(tokenizer, fp.family.config)
+    return {
+        "perplexity": evaluate(fp, None, sets, ids, evaluation.batch_size, tokenizer),
+        "zero_shot": score_models(fp.checkpoint.folder, None, tokenizer, ids, evaluation, fp.dtype, device),
+    }
+
+
+def score_models(
+    folder: Path,
+    quantized: Path | None,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Sequence[int],
+    evaluation: Evaluation,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Zero-shot scores by task: `metric`, `documents`, and `value` and `stderr` of each model, loaded one by one.
+
+    Args:
+        folder: The full-precision checkpoint: `fp`, and `fp_prompt` behind the prompt.
+        quantized: A run's `model/`, which has its own prompt: `quantized`.
+        tokenizer: Of all of them.
+        prompt: Token ids of the prompt.
+        evaluation: Names the tasks.
+        dtype: What the full-precision model computes in.
+        device: Where.
+    """
+    if not evaluation.zero_shot:
+        return {}
+    load: dict[str, Callable[[], PreTrainedModel]] = {
+        "fp": lambda: load_behind_prompt(folder, (), dtype, device),
+        "fp_prompt": lambda: load_behind_prompt(folder, prompt, dtype, device),
+    }
+    if quantized is not None:
+        load["quantized"] = lambda: load_quantized(quantized, device)
+    scores: dict[str, dict[str, Any]] = {}
+    for key, load_model in load.items():
+        found = zero_shot(
+            load_model(), tokenizer, evaluation.zero_shot, evaluation.zero_shot_limit, evaluation.batch_size
+        )
+        for task, score in found.items():
+            row = scores.setdefault(task, {"metric": score.metric, "documents": score.documents})
+            row[key] = {"value": score.value, "stderr": score.stderr}
+    return scores
