@@ -5,17 +5,21 @@ import logging
 import os
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from jsonargparse import ArgumentError, Namespace, lazy_instance
+from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
 from bisup_lightning.calibrate.analysis import analyze_run
@@ -23,13 +27,16 @@ from bisup_lightning.calibrate.checkpoint_io import WholeFileIO
 from bisup_lightning.calibrate.events import WalkCallback
 from bisup_lightning.calibrate.fit import fit
 from bisup_lightning.calibrate.job import Compile, Job
+from bisup_lightning.calibrate.launch import launch
 from bisup_lightning.calibrate.measure import evaluate_checkpoint, evaluate_run, read_results
+from bisup_lightning.calibrate.parallel import Parallel, Ranks, environment, join
 from bisup_lightning.calibrate.run_store import CONFIG, Resume
 from bisup_lightning.calibrate.signals import Interrupted, Signals, requeue
 from bisup_lightning.calibrate.solvers import Solver
 from bisup_lightning.configuration import TRUST, check_file, flatten, new_parser, one_line, root_message, trust
 from bisup_lightning.data.corpus import CalibrationData
 from bisup_lightning.data.prompt import Prompt
+from bisup_lightning.data.share import PeerLost
 from bisup_lightning.errors import UserError
 from bisup_lightning.evaluate.perplexity import Evaluation
 from bisup_lightning.hub.audit import AuditError
@@ -45,9 +52,10 @@ from bisup_lightning.transform.transform import NoTransform, Transform
 TRAINER_SETTINGS = {
     "accelerator", "devices", "logger", "callbacks", "gradient_clip_val", "deterministic", "detect_anomaly", "profiler",
 }  # fmt: skip
+PEER_LOST_PAUSE = 5.0  # seconds in which the launcher finds out which process ended first
 HARMLESS = (
     "config", "run_dir", "checkpoint", "resume", "trainer.logger", "trainer.callbacks", "trainer.profiler",
-    "trainer.devices",
+    "trainer.devices", "parallel", "blocks",
 )  # fmt: skip
 
 
@@ -72,6 +80,13 @@ def fit_parser() -> LightningArgumentParser:
         "that it pays.",
     )
     parser.add_argument("--seed", type=int, default=0, help="Seed of all that is drawn.")
+    parser.add_class_arguments(Parallel, "parallel", help="How several devices work at one model (trainer.devices).")
+    parser.add_argument(
+        "--blocks",
+        type=str | None,
+        default=None,
+        help="first:end of the blocks to calibrate, for a job of many whose runs `merge` assembles.",
+    )
     parser.add_class_arguments(Precision, "precision", help="What is quantized, and how finely.")
     untransformed = lazy_instance(NoTransform)
     parser.add_subclass_arguments(Transform, "transform", default=untransformed, help="What the model undergoes first.")
@@ -138,22 +153,28 @@ def device_for(accelerator: Any) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def trainer_factory(settings: Namespace, callbacks: Sequence[Callback], logs: Path) -> Callable[[int, int], Trainer]:
-    """Makes a fresh Trainer for each block, with its own log under `logs` and fresh copies of foreign callbacks."""
+def trainer_factory(
+    settings: Namespace, callbacks: Sequence[Callback], logs: Path | None, device: torch.device
+) -> Callable[[int, int], Trainer]:
+    """Makes a fresh Trainer for each block, with its own log under `logs` and fresh copies of foreign callbacks.
+
+    Each is the only process that it knows of, also where several walk together: Lightning would have them all take
+    the same number of steps.
+    """
     own = {key: value for key, value in vars(settings).items() if key not in ("callbacks", "logger", "devices")}
 
     def make(index: int, epochs: int) -> Trainer:
-        logger = settings.logger
-        if logger in (None, True):
+        logger = settings.logger if logs is not None else False
+        if logs is not None and logger in (None, True):
             logger = [kind(logs, name="", version=f"{index:05d}") for kind in (CSVLogger, TensorBoardLogger)]
         return Trainer(
             **own,
-            devices=1,
+            devices=1 if device.index is None else [device.index],
             logger=logger,
             callbacks=[c if isinstance(c, WalkCallback) else copy.deepcopy(c) for c in callbacks],
             max_epochs=epochs,
             log_every_n_steps=1,
-            plugins=[WholeFileIO()],
+            plugins=[WholeFileIO(), LightningEnvironment()],
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
@@ -179,17 +200,37 @@ def check_values(config: Namespace) -> None:
             raise UserError(f"{key} must lie in [0, 2^62), not {value}")
         if isinstance(value, int | float) and not key.endswith("seed") and not abs(value) < 2**31:
             raise UserError(f"{key} must lie below 2^31, not {value}")
-    if config.trainer.devices not in (1, "1", "auto"):
-        raise UserError(
-            f"trainer.devices must be 1 or auto, not {config.trainer.devices}: one device calibrates for now"
-        )
+    processes(config)
     if (clip := config.trainer.gradient_clip_val) is not None and clip < 0:
         raise UserError(f"trainer.gradient_clip_val must be 0 or more, not {clip}")
 
 
-def make_job(parser: LightningArgumentParser, config: Namespace, signals: Signals) -> Job:
-    """What `fit` was asked for, from its parsed configuration."""
-    check_values(config)
+def processes(config: Namespace) -> int:
+    """How many processes are to be started on this host.
+
+    Raises:
+        UserError: If it has no devices for so many, or they have nothing to do.
+    """
+    wanted, mode = config.trainer.devices, config.parallel.mode
+    on_gpu = device_for(config.trainer.accelerator).type == "cuda"
+    there = torch.cuda.device_count() if on_gpu else None
+    if wanted == "auto":
+        return 1 if mode == "none" or there is None else there
+    try:
+        count = int(wanted)
+    except (TypeError, ValueError):
+        count = 0
+    if count < 1:
+        raise UserError(f"trainer.devices must be a number of devices or auto, not {wanted}")
+    if there is not None and count > there:
+        raise UserError(f"trainer.devices: {count} are asked for, but this host has {there}")
+    if count > 1 and mode == "none":
+        raise UserError(f"parallel.mode: choose data, wavefront or independent for {count} devices")
+    return count
+
+
+def make_job(parser: LightningArgumentParser, config: Namespace, signals: Signals, ranks: Ranks) -> Job:
+    """What `fit` was asked for, from its parsed configuration; where several processes run, as one of them."""
     if config.trainer.deterministic:  # from the first forward pass on, not only where a Trainer trains
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=config.trainer.deterministic == "warn")
@@ -200,8 +241,14 @@ def make_job(parser: LightningArgumentParser, config: Namespace, signals: Signal
     plain = config.clone(with_meta=False).as_dict()
     plain.pop("config", None)
     settings = {key: value for key, value in flatten(plain).items() if not key.startswith(HARMLESS)}
+    if config.parallel.mode == "independent":
+        settings["parallel.mode"] = "independent"
     callbacks = objects.trainer.callbacks or []
     callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+    data, device = objects.data, device_for(config.trainer.accelerator)
+    _, members = objects.parallel.arrange(ranks.world, objects.solver.epochs, data.batch_size, data.num_samples)
+    vars(rank_zero_only)["rank"] = ranks.rank % members  # who logs, of those that train a block together
+    logs = None if ranks.rank % members else config.run_dir / "logs"
     return Job(
         checkpoint=config.checkpoint,
         run_dir=config.run_dir,
@@ -213,18 +260,24 @@ def make_job(parser: LightningArgumentParser, config: Namespace, signals: Signal
         evaluation=objects.evaluation,
         seed=config.seed,
         callbacks=callbacks,
-        make_trainer=trainer_factory(objects.trainer, callbacks, config.run_dir / "logs"),
-        device=device_for(config.trainer.accelerator),
+        make_trainer=trainer_factory(objects.trainer, callbacks, logs, device),
+        device=device,
         settings=settings,
         config_yaml=parser.dump(config, skip_none=False),
         resume=config.resume,
         compile=config.compile,
         signals=signals,
+        parallel=objects.parallel,
+        ranks=ranks,
+        blocks=config.blocks,
     )
 
 
-def run(arguments: Sequence[str], signals: Signals) -> None:
+def run(arguments: Sequence[str], signals: Signals) -> int:
     """Parse and do.
+
+    Returns:
+        The exit code.
 
     Raises:
         UserError: If something that the user gave can't be used.
@@ -235,13 +288,24 @@ def run(arguments: Sequence[str], signals: Signals) -> None:
     config = parser.parse_args(trust(arguments))
     command, options = config.subcommand, config[config.subcommand]
     if command == "fit":
-        job = make_job(fit_parser(), options, signals)
-        results = fit(job)
-        print_scores(console, results)
-        console.print(f"model: {options.run_dir / 'model'}")
-        if not (options.run_dir / REPORT).is_file():
-            write_report(options.run_dir)
-        console.print(f"report: {options.run_dir / REPORT}")
+        check_values(options)
+        place, ranks = environment(), Ranks()
+        if place is not None:
+            if torch.cuda.is_available():
+                torch.cuda.set_device(place.local_rank())
+            ranks = join(place, device_for(options.trainer.accelerator))
+        elif (count := processes(options)) > 1:
+            make_job(fit_parser(), options, signals, Ranks(world=count))  # so that a mistake shows once, and at once
+            return launch(arguments, count)
+        results = fit(make_job(fit_parser(), options, signals, ranks))
+        if results is not None:
+            print_scores(console, results)
+            console.print(f"model: {options.run_dir / 'model'}")
+            if not (options.run_dir / REPORT).is_file():
+                write_report(options.run_dir)
+            console.print(f"report: {options.run_dir / REPORT}")
+        elif ranks.leads:
+            console.print(f"blocks {options.blocks}: {options.run_dir}, for `main.py merge`")
     elif command == "test":
         print_scores(console, test(options, signals))
     elif command == "predict":
@@ -267,6 +331,7 @@ def run(arguments: Sequence[str], signals: Signals) -> None:
         if options.output is not None:
             write_tables(options.output, tables)
             console.print(f"tables: {options.output}/compare.md, .csv, .tex")
+    return 0
 
 
 def print_scores(console: Console, results: Mapping[str, Any]) -> None:
@@ -289,7 +354,8 @@ def finished_job(run_dir: Path, accelerator: str, signals: Signals) -> Job:
     config = parser.parse_path(run_dir / CONFIG)
     config.run_dir = run_dir
     config.trainer.accelerator = accelerator
-    return make_job(parser, config, signals)
+    config.parallel.mode, config.trainer.devices = "none", 1
+    return make_job(parser, config, signals, Ranks())
 
 
 def test(options: Namespace, signals: Signals) -> dict[str, Any]:
@@ -330,7 +396,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     quieten()
     with Signals() as signals:
         try:
-            run(sys.argv[1:] if arguments is None else arguments, signals)
+            return run(sys.argv[1:] if arguments is None else arguments, signals)
+        except PeerLost as error:
+            with suppress(Interrupted):
+                time.sleep(PEER_LOST_PAUSE)
+            print(f"error: another process of the run is gone ({error})", file=sys.stderr)
+            return 1
         except Interrupted as interruption:
             print("interrupted; the same command goes on from here", file=sys.stderr)
             if interruption.signum == signal.SIGUSR1:
@@ -343,6 +414,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"error: {one_line(error)} Give a smaller evaluation.batch_size", file=sys.stderr)
             return 2
         except (UserError, ArgumentError, OSError) as error:
-            print(f"error: {one_line(error)}", file=sys.stderr)
+            rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+            print(f"error: {f'rank {rank}: ' * (rank != '0')}{one_line(error)}", file=sys.stderr)
             return 2
-    return 0

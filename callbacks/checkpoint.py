@@ -8,6 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from bisup_lightning.calibrate.block_calibration import BlockCalibration
 from bisup_lightning.calibrate.driver import BlockResult, BlockWalk
 from bisup_lightning.calibrate.events import WalkCallback
+from bisup_lightning.calibrate.wavefront import Relay, Wavefront
 
 
 class BlockCheckpoint(WalkCallback):
@@ -40,22 +41,33 @@ class BlockCheckpoint(WalkCallback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
         """Save the training if it is time or a signal came, which then ends the run.
 
-        Not behind the last batch of an epoch: a Trainer that resumed there would lose count of the next one.
+        Not behind the last batch of an epoch: a Trainer that resumed there would lose count of the next one. Of several
+        processes that train a block together, the first saves it. Blocks that learn side by side save themselves
+        together, as rarely as streams are saved, for each saves its inputs, too.
         """
-        due = self.walk.signals.received is not None or time.monotonic() - self.saved_at >= self.every_n_seconds
-        if not due or trainer.is_last_batch:
+        if trainer.is_last_batch:
             return
         assert isinstance(pl_module, BlockCalibration)
-        self.walk.store.save_partial(self.index, pl_module.attempt, trainer.global_step, trainer.save_checkpoint)
-        self.saved_at = time.monotonic()
-        self.walk.signals.check()
+        relay, signals, now = self.walk.relay, self.walk.signals, time.monotonic()
+        if isinstance(relay, Wavefront):
+            if not batch[2] and not pl_module.attempt:
+                due = now - self.streams_saved_at >= self.streams_every_n_seconds
+                if (name := relay.front(trainer.current_epoch, due)) is not None:
+                    self.walk.store.save_front(*name, trainer.save_checkpoint)
+                    self.streams_saved_at = now
+        elif signals.received is not None or now - self.saved_at >= self.every_n_seconds:
+            if not self.walk.share.member:
+                step = trainer.global_step
+                self.walk.store.save_partial(self.index, pl_module.attempt, step, trainer.save_checkpoint)
+            self.saved_at = now
+        signals.check()
 
     def on_block_end(self, walk: BlockWalk, result: BlockResult) -> None:
         """Save the block; from here on a signal ends the run at once."""
-        streams = None
-        if time.monotonic() - self.streams_saved_at >= self.streams_every_n_seconds:
-            streams = {"x_fp": walk.inputs.fp, "x_q": walk.inputs.q, "prompt": walk.prompt_1PD}
-        walk.store.save_block(result.index, result.tensors, result.metrics(), streams)
+        due = time.monotonic() - self.streams_saved_at >= self.streams_every_n_seconds
+        streams = walk.streams() if type(walk.relay) is Relay and walk.share.agree(due, walk.model.device) else None
+        if not walk.share.member:
+            walk.store.save_block(result.index, result.tensors, result.metrics(), streams)
         self.saved_at = time.monotonic()
         if streams is not None:
             self.streams_saved_at = self.saved_at

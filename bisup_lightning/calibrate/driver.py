@@ -12,10 +12,13 @@ from torch import Tensor, nn
 
 from bisup_lightning.calibrate.block_reader import BlockReader
 from bisup_lightning.calibrate.events import WalkCallback
+from bisup_lightning.calibrate.parallel import Ranks
 from bisup_lightning.calibrate.run_store import Partial, Progress, RunStore
 from bisup_lightning.calibrate.signals import Signals
 from bisup_lightning.calibrate.solvers import Block, Solver
+from bisup_lightning.calibrate.wavefront import Relay
 from bisup_lightning.data.layer_inputs import LayerInputs
+from bisup_lightning.data.share import WHOLE, Share
 from bisup_lightning.errors import UserError
 from bisup_lightning.model.block import fuse_layer, hold_dense, stored_tensors
 from bisup_lightning.model.blockwise import PROMPT, BlockwiseModel, Positions, run_layer_fast
@@ -40,6 +43,7 @@ class BlockResult:
         relative_mse: `loss_final` over the mean square of the full-precision output.
         kept_start: Whether learning found nothing better than the start.
         micro_batch: Sequences that were computed at a time; fewer than in a batch where the device ran out of memory.
+        stages: How many blocks were learned at the same time.
         phases: Seconds that each part of the work took, in order.
     """
 
@@ -50,6 +54,7 @@ class BlockResult:
     relative_mse: float
     kept_start: bool
     micro_batch: int
+    stages: int
     phases: Mapping[str, float]
 
     @property
@@ -67,6 +72,7 @@ class BlockResult:
             "relative_mse": self.relative_mse,
             "kept_start": self.kept_start,
             "micro_batch": self.micro_batch,
+            "stages": self.stages,
             "seconds": self.seconds,
             "phases": dict(self.phases),
         }
@@ -100,6 +106,9 @@ class BlockWalk:
         callbacks: What else happens, and when.
         make_trainer: Makes a fresh Trainer from a block's index and a number of epochs.
         signals: What may ask the walk to end.
+        ranks: The processes that walk together.
+        share: The part of the text that this one holds.
+        independent: Whether blocks are calibrated on full-precision inputs, as if no other were quantized.
     """
 
     def __init__(
@@ -115,12 +124,17 @@ class BlockWalk:
         callbacks: Sequence[Callback],
         make_trainer: MakeTrainer,
         signals: Signals,
+        ranks: Ranks = Ranks(),  # noqa: B008  frozen
+        share: Share = WHOLE,
+        independent: bool = False,
     ) -> None:
         self.model, self.transform, self.scheme = model, transform, scheme
         self.solver, self.store = solver, store
         self.batch_size, self.seed = batch_size, seed
         self.prompt_ids = list(prompt_ids)
         self.callbacks, self.make_trainer, self.signals = callbacks, make_trainer, signals
+        self.ranks, self.share, self.independent = ranks, share, independent
+        self.relay = Relay()
         self.partial: Partial | None = None
         self.reader = BlockReader(model)
         self.kv_quantizer = KVQuantizer.of(scheme).prepare(model.family.head_dim, model.device)
@@ -135,7 +149,7 @@ class BlockWalk:
 
     def begin(self, tokens_NT: Tensor) -> None:
         """Stand before the first block: both streams are the embedded tokens."""
-        x_NTD = self.model.embed(tokens_NT)
+        x_NTD = self.model.embed(self.share.of(tokens_NT, self.batch_size))
         if not x_NTD.isfinite().all():
             raise UserError("checkpoint: the embedding of the calibration text is not finite")
         self._stand(0, x_NTD, None, self.model.embed(torch.tensor([self.prompt_ids]).long()))
@@ -150,7 +164,8 @@ class BlockWalk:
             self.begin(tokens_NT)
         else:
             streams = progress.streams
-            self._stand(progress.streams_at, streams["x_fp"], streams["x_q"], streams["prompt"])
+            x_fp, x_q = (self.share.of(streams[name], self.batch_size) for name in ("x_fp", "x_q"))
+            self._stand(progress.streams_at, x_fp, x_q, streams["prompt"])
         for metrics in progress.metrics[self.next_block :]:
             self.inputs.micro_batch = min(self.inputs.micro_batch, metrics["micro_batch"])
             self._replay(self.next_block)
@@ -164,8 +179,15 @@ class BlockWalk:
         home = self.model.device if 6 * x_fp.nbytes < room else torch.device("cpu")
         x_fp = x_fp.to(home)
         x_q = x_fp.clone() if x_q is None else x_q.to(home)
-        self.inputs = LayerInputs(x_fp, x_q, self.model.device, self.batch_size)
+        micro_batch = self.batch_size // self.share.members
+        self.inputs = LayerInputs(x_fp, x_q, self.model.device, micro_batch, self.share)
         self.prompt_1PD, self.next_block = prompt_1PD, next_block
+
+    def streams(self) -> dict[str, Tensor]:
+        """Both streams of the whole text, in its order, and the prompt's hidden states; of no use but to the first."""
+        streams = {"x_fp": self.inputs.fp, "x_q": self.inputs.q}
+        whole = {name: self.share.gather(stream, self.batch_size) for name, stream in streams.items()}
+        return {name: stream for name, stream in whole.items() if stream is not None} | {"prompt": self.prompt_1PD}
 
     def _replay(self, index: int) -> None:
         """Advance both streams behind a finished block."""
@@ -186,21 +208,37 @@ class BlockWalk:
     def run(self) -> None:
         """Walk from where it stands to the last block."""
         try:
-            for index in range(self.next_block, self.model.num_layers):
+            for index in self.relay.blocks(self.next_block, self.model.num_layers):
+                if self.relay.is_finished(index):
+                    self._pass(index)
+                    continue
                 self._tell("on_block_start", index)
                 result = self.calibrate(index)
                 self.next_block = index + 1
                 self._tell("on_block_end", result)
+            self.relay.close()
         finally:
             self.reader.close()
             self._tell("on_walk_end")
+
+    def _pass(self, index: int) -> None:
+        """Let full-precision inputs through a block that was finished before."""
+        self.prompt_1PD = self.relay.receive_fp(index, self.inputs, self.prompt_1PD)
+        self._advance_fp(index, self.model.layer(index, self.reader.read(index)), self._positions(index))
+        self.relay.send_fp(self.inputs, self.prompt_1PD)
 
     def calibrate(self, index: int) -> BlockResult:
         """Solve one block and advance both streams behind it."""
         clock = Stopwatch()
         tensors, positions = self.reader.read(index), self._positions(index)
         clock.lap("read")
+        self.prompt_1PD = self.relay.receive_fp(index, self.inputs, self.prompt_1PD)
+        if self.relay.stages > 1:
+            clock.lap("wait")
+        if self.independent:
+            self.inputs.advance_q(self.inputs.fp.clone())
         statistics, prompt = self._advance_fp(index, self.model.layer(index, tensors), positions)
+        self.relay.send_fp(self.inputs, self.prompt_1PD)
         scale = self.inputs.mean_square_target()
         clock.lap("full precision")
         if not math.isfinite(scale):
@@ -220,18 +258,24 @@ class BlockWalk:
             orders=self.transform.orders(statistics),
             seed=1_000_003 * self.seed + 1009 * index,
             make_trainer=lambda epochs: self.make_trainer(index, epochs),
+            relay=self.relay,
             partial=self.partial if self.partial is not None and self.partial.index == index else None,
         )
         start = hold_dense(fuse_layer(block.start()), self.model.dtype)
-        self.loss_initial = self.inputs.loss_q(block.run(start))
+        if not self.relay.arriving:
+            self.loss_initial = self.inputs.loss_q(block.run(start))
         clock.lap("start")
         layer = hold_dense(self.solver.solve(block) or start, self.model.dtype)
         clock.lap("solve")
+        if self.relay.arriving:  # the start must be judged on the inputs that the trained block is judged on
+            self.relay.receive_final()
+            self.loss_initial = self.inputs.loss_q(block.run(start))
         outputs, loss = self.inputs.outputs_q(block.run(layer))
         if not loss < self.loss_initial and layer is not start:  # not less is NaN, too
             layer = start
             outputs, loss = self.inputs.outputs_q(block.run(layer))
         self.inputs.advance_q(outputs)
+        self.relay.send_final(outputs)
         clock.lap("advance")
         tensors = self._stored(index, layer, prompt)
         clock.lap("store")
@@ -243,6 +287,7 @@ class BlockWalk:
             relative_mse=loss / scale,
             kept_start=layer is start,
             micro_batch=self.inputs.micro_batch,
+            stages=self.relay.stages,
             phases=clock.laps,
         )
 
@@ -262,6 +307,8 @@ class BlockWalk:
             return output_BTD
 
         self.inputs.advance_fp(run)
+        self.share.sum_(statistics.square_sum.values())
+        self.share.max_(statistics.absmax.values())
         return statistics, prompt
 
     def _advance_prompt(self, index: int, fp_layer: nn.Module) -> KeyValue | None:

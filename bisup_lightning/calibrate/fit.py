@@ -17,8 +17,18 @@ import bisup_lightning
 from bisup_lightning.calibrate.driver import BlockWalk
 from bisup_lightning.calibrate.job import Job, check, compiles, fingerprint
 from bisup_lightning.calibrate.measure import check_vocabulary, evaluation_sets, open_checkpoint, score_models
+from bisup_lightning.calibrate.parallel import (
+    Front,
+    last_front,
+    leave,
+    parse_blocks,
+    partial_at,
+    rewind,
+    take_place,
+)
 from bisup_lightning.calibrate.run_lock import RunLock
 from bisup_lightning.calibrate.run_store import METRICS, Progress, RunStore
+from bisup_lightning.calibrate.wavefront import Independent, Wavefront
 from bisup_lightning.data import corpus
 from bisup_lightning.evaluate.perplexity import evaluate
 from bisup_lightning.hub.load import open_quantized
@@ -27,25 +37,43 @@ from bisup_lightning.model.blockwise import BlockwiseModel
 from bisup_lightning.quant.spec import Scheme
 from bisup_lightning.transform.invariance import check_invariance
 
+BEGUN, WALKED, ENDED = "begun", "walked", "ended"  # what the processes of a run tell each other
+PARTING = 25.0  # seconds that a signal leaves the first process to save itself before the others end
 
-def fit(job: Job) -> dict[str, Any]:
+
+def fit(job: Job) -> dict[str, Any] | None:
     """Quantize a checkpoint, or go on with what an interrupted run left; a finished one returns at once.
 
     Returns:
-        The content of results.json.
+        The content of results.json; None from a process that is not the first of several, and where only some of the
+        blocks were asked for.
 
     Raises:
         UserError: If something that the user gave can't be used.
         Interrupted: If a signal asked the run to end.
+        PeerLost: If another process of the run is gone.
     """
+    if not job.ranks.leads:
+        follow(job)
+        return None
+    try:
+        return lead(job)
+    finally:
+        job.ranks.announce(BEGUN, "ended")  # to those who still wait for it
+        job.ranks.announce(ENDED)
+
+
+def lead(job: Job) -> dict[str, Any] | None:
+    """As the only process, or the first of several."""
     plain, tokenizer = open_checkpoint(job.checkpoint, job.device)
     prompt_ids = job.prompt.ids(tokenizer, plain.family.config)
     check_vocabulary(torch.tensor(prompt_ids), plain)
     scheme = job.transform.scheme(job.precision)
     check(job, plain, scheme)
+    wanted = parse_blocks(job.blocks, plain.num_layers)
     store = RunStore(job.run_dir)
     with RunLock(job.run_dir) as lock:
-        progress = store.open(fingerprint(job, plain), job.resume)
+        progress = store.open(fingerprint(job, plain), job.resume, job.independent)
         if progress.finished and progress.whole:
             store.clear()  # where the run was killed when it had just finished
             return store.results()
@@ -60,12 +88,21 @@ def fit(job: Job) -> dict[str, Any]:
         probe_BT = tokens_NT[:1, :64]
         transformed = transform(job, plain, None if progress.metrics else probe_BT)
         lock.claim()
+        goes_on = not progress.finished and not progress.scattered.issuperset(wanted)
+        if goes_on:
+            progress, front = where_it_stopped(job, store, progress, plain.num_layers)
         store.begin(job.config_yaml, tokens_NT)
         if progress.finished:  # what was lost beside the results is made again, or not needed
             return store.results()
-        if len(progress.metrics) < plain.num_layers:
-            with torch.compiler.set_stance("default" if compiles(job, plain) else "force_eager"):
-                walk(job, transformed, scheme, store, prompt_ids, tokens_NT, progress)
+        if goes_on:
+            job.ranks.announce(BEGUN, "walk")
+            walk(job, transformed, scheme, store, prompt_ids, tokens_NT, progress, front)
+            job.ranks.wait_for(f"{WALKED}/{rank}" for rank in range(1, job.ranks.world))
+            store.collect()
+        job.ranks.announce(BEGUN, "ended")
+        leave()  # or the metrics would be taken for those of all processes
+        if job.blocks is not None:
+            return None
         model = job.run_dir / "model"
         if not progress.published:
             save_model(model, transformed, store.block_digests(), scheme, prompt_ids, plain.dtype, probe_BT)
@@ -77,6 +114,38 @@ def fit(job: Job) -> dict[str, Any]:
         sizes = {"checkpoint": size_on_disk(checkpoint), "model": size_on_disk(model)}
         store.finish(results(job, store, perplexity, scores, sizes))
     return store.results()
+
+
+def follow(job: Job) -> None:
+    """As one of the other processes: take part in the walk that the first one begins."""
+    ranks = job.ranks
+    job.signals.follow(lambda: ranks.wait_for([ENDED], 0.0 if job.parallel.mode == "wavefront" else PARTING))
+    ranks.wait_for([BEGUN])
+    if ranks.announced(BEGUN) != "walk":
+        return
+    plain, tokenizer = open_checkpoint(job.checkpoint, job.device)
+    prompt_ids = job.prompt.ids(tokenizer, plain.family.config)
+    store = RunStore(job.run_dir, ranks.rank)
+    progress = store.join(job.independent)
+    tokens_NT = progress.tokens_NT
+    assert tokens_NT is not None
+    progress, front = where_it_stopped(job, store, progress, plain.num_layers)
+    scheme = job.transform.scheme(job.precision)
+    walk(job, transform(job, plain, None), scheme, store, prompt_ids, tokens_NT, progress, front)
+    ranks.announce(f"{WALKED}/{ranks.rank}")
+    leave()
+
+
+def where_it_stopped(job: Job, store: RunStore, progress: Progress, num_blocks: int) -> tuple[Progress, Front | None]:
+    """Progress as far as this run, as it is arranged now, can go on with it; a wavefront, from a front."""
+    stages, members = job.arrangement()
+    if job.independent:
+        return progress, None
+    if stages == 1:
+        store.rewind(len(progress.metrics), ())
+        return progress, None
+    front = last_front(progress, stages, members, job.solver.epochs, num_blocks)
+    return rewind(store, progress, front), front
 
 
 def transform(job: Job, plain: BlockwiseModel, probe_BT: torch.Tensor | None) -> BlockwiseModel:
@@ -109,8 +178,11 @@ def walk(
     prompt_ids: Sequence[int],
     tokens_NT: torch.Tensor,
     progress: Progress,
+    front: Front | None,
 ) -> None:
-    """Calibrate the blocks that are left."""
+    """Calibrate the blocks that are left, or this process's part of them."""
+    stages, members = job.arrangement()
+    place = take_place(job.ranks, stages, members, job.device)
     block_walk = BlockWalk(
         model=model,
         transform=job.transform,
@@ -123,10 +195,24 @@ def walk(
         callbacks=job.callbacks,
         make_trainer=job.make_trainer,
         signals=job.signals,
+        ranks=job.ranks,
+        share=place.share,
+        independent=job.independent,
     )
     block_walk.prepare()
-    block_walk.resume(tokens_NT, progress)
-    block_walk.run()
+    if job.independent or place.stage > 0:
+        block_walk.begin(tokens_NT)
+    else:
+        block_walk.resume(tokens_NT, progress)
+    stream, prompt_1PD = block_walk.inputs.fp, block_walk.prompt_1PD
+    if job.independent:
+        wanted = parse_blocks(job.blocks, model.num_layers)
+        block_walk.relay = Independent(wanted, progress.scattered, place, stream, prompt_1PD)
+    elif front is not None:
+        block_walk.partial = partial_at(store, front, place)
+        block_walk.relay = Wavefront(front, job.ranks, place, stream, prompt_1PD)
+    with torch.compiler.set_stance("default" if compiles(job, model) else "force_eager"):
+        block_walk.run()
 
 
 def calibration_tokens(job: Job, folder: Path, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:

@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, Trainer
 
 import bisup_lightning
 from bisup_lightning.calibrate.events import WalkCallback
+from bisup_lightning.calibrate.parallel import Parallel, Ranks
 from bisup_lightning.calibrate.run_store import Resume
 from bisup_lightning.calibrate.signals import Signals
 from bisup_lightning.calibrate.solvers import Solver
@@ -53,6 +54,9 @@ class Job:
         resume: Whether to go on with what the run directory holds.
         compile: Whether blocks are compiled on a GPU.
         signals: What may ask the run to end.
+        parallel: How several processes work at it.
+        ranks: Those processes.
+        blocks: `first:end` of the blocks to calibrate, if not all: part of a run that `merge` assembles.
     """
 
     checkpoint: str
@@ -72,6 +76,23 @@ class Job:
     resume: Resume = "auto"
     compile: Compile = "never"
     signals: Signals = field(default_factory=Signals)
+    parallel: Parallel = field(default_factory=Parallel)
+    ranks: Ranks = field(default_factory=Ranks)
+    blocks: str | None = None
+
+    @property
+    def independent(self) -> bool:
+        """Whether blocks do not depend on each other."""
+        return self.parallel.mode == "independent"
+
+    def arrangement(self) -> tuple[int, int]:
+        """Stages of the run, and members of each.
+
+        Raises:
+            UserError: If so many processes can't be arranged.
+        """
+        data = self.data
+        return self.parallel.arrange(self.ranks.world, self.solver.epochs, data.batch_size, data.num_samples)
 
 
 def check(job: Job, plain: BlockwiseModel, scheme: Scheme) -> None:
@@ -85,6 +106,14 @@ def check(job: Job, plain: BlockwiseModel, scheme: Scheme) -> None:
     except ValueError as error:
         raise UserError(str(error)) from error
     check_tokens(job, plain)
+    if (stages := job.arrangement()[0]) > plain.num_layers:
+        raise UserError(
+            f"parallel.mode: {stages} stages are more than the model's {plain.num_layers} blocks; start fewer"
+        )
+    if job.blocks is not None and not job.independent:
+        raise UserError(
+            "blocks: only blocks that do not depend on each other can be chosen; add --parallel.mode independent"
+        )
     for source in job.evaluation.perplexity:
         corpus.check_source("evaluation.perplexity", source)
     check_tasks(job.evaluation.zero_shot)

@@ -10,7 +10,8 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+import socket
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -26,10 +27,10 @@ from bisup_lightning.files import publish, replacing, sha256, sync, write_json, 
 
 MANIFEST, CONFIG, RESULTS, TOKENS = "manifest.json", "config.yaml", "results.json", "tokens.safetensors"
 BLOCK, METRICS = "block.safetensors", "metrics.json"
-FOLDERS = ("blocks", "streams", "partial", "model")
+FOLDERS = ("blocks", "streams", "partial", "fronts", "model")
 NAMES = re.compile(  # all that a manifest may speak of
     r"config\.yaml|results\.json|tokens\.safetensors|blocks/\d{5}/(block\.safetensors|metrics\.json)"
-    r"|streams/\d{5}\.safetensors|partial/\d{5}-\d+-\d+\.ckpt|model/(?!\.\.?$)[^/]+"
+    r"|streams/\d{5}\.safetensors|partial/\d{5}-\d+-\d+\.ckpt|fronts/[\dx-]+\.ckpt|model/(?!\.\.?$)[^/]+"
 )
 
 Resume = Literal["auto", "never", "must"]
@@ -65,6 +66,8 @@ class Progress:
         published: Whether `model/` is complete.
         finished: Whether the results are there, too.
         whole: Whether nothing that the run once wrote is lost.
+        scattered: All finished blocks, if they do not depend on each other.
+        fronts: Names of the checkpoints that blocks wrote while they learned side by side.
     """
 
     metrics: list[dict[str, Any]]
@@ -75,6 +78,8 @@ class Progress:
     published: bool
     finished: bool
     whole: bool
+    scattered: frozenset[int] = frozenset()
+    fronts: tuple[str, ...] = ()
 
 
 class RunStore:
@@ -82,22 +87,26 @@ class RunStore:
 
     Args:
         run_dir: The directory; made when first written to.
+        rank: Of several processes that work there, the one that writes. The first keeps the manifest, the others one of
+            their own each, which the first takes over in the end.
     """
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, rank: int = 0) -> None:
         self.run_dir = run_dir
+        self.manifest = f"manifest-{rank:05d}.json" if rank else MANIFEST
         self.files: dict[str, str] = {}  # SHA-256 by relative path
         self.fingerprint: dict[str, Any] = {}
 
     # --- reading ---
 
-    def open(self, fingerprint: Mapping[str, Any], resume: Resume = "auto") -> Progress:
+    def open(self, fingerprint: Mapping[str, Any], resume: Resume = "auto", independent: bool = False) -> Progress:
         """Find out how far a run got. Writes nothing.
 
         Args:
             fingerprint: All that the result depends on, by name.
             resume: `auto` goes on with what is there or begins; `never` wants a new or empty directory; `must` wants
                 something to go on with.
+            independent: Whether a block counts though one before it does not.
 
         Raises:
             UserError: If the directory holds something else, another run, or does not suit `resume`.
@@ -112,10 +121,27 @@ class RunStore:
             raise UserError(f"resume: {self.run_dir} holds a run already; name a new run_dir, or drop --resume never")
         recorded, self.files = self._read_manifest()
         self._refuse_difference(recorded, fingerprint)
+        self._take_over()
         try:
-            return self._survey()
+            return self._survey(independent)
         except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"run_dir: {self.run_dir} holds what no run writes ({error})") from error
+
+    def join(self, independent: bool = False) -> Progress:
+        """Find out how far a run got that the first process has begun.
+
+        Raises:
+            UserError: If this process does not see it.
+        """
+        if not (self.run_dir / MANIFEST).is_file():
+            raise UserError(
+                f"run_dir: {self.run_dir} on {socket.gethostname()} is not the first process's; "
+                "name a directory that all hosts share"
+            )
+        self.fingerprint, self.files = self._read_manifest()
+        progress = self._survey(independent)
+        self.files = {}  # the first process's; this one names its own
+        return progress
 
     def check_finished(self) -> None:
         """See that a run is finished and whole.
@@ -143,8 +169,17 @@ class RunStore:
         ):
             raise UserError(f"run_dir: {self.run_dir} is not empty and holds no run; name another directory")
 
-    def _read_manifest(self) -> tuple[dict[str, Any], dict[str, str]]:
-        path = self.run_dir / MANIFEST
+    def _take_over(self) -> list[Path]:
+        """Count the files that the other processes recorded; their manifests."""
+        others = sorted(self.run_dir.glob("manifest-*.json"))
+        for path in others:
+            recorded, files = self._read_manifest(path.name)
+            self._refuse_difference(recorded, self.fingerprint)
+            self.files |= files
+        return others
+
+    def _read_manifest(self, name: str = MANIFEST) -> tuple[dict[str, Any], dict[str, str]]:
+        path = self.run_dir / name
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
             fingerprint, files = dict(manifest["fingerprint"]), dict(manifest["files"])
@@ -168,7 +203,7 @@ class RunStore:
                 f"run_dir: {self.run_dir} holds a run that differs in {differences}; name another directory"
             )
 
-    def _survey(self) -> Progress:
+    def _survey(self, independent: bool) -> Progress:
         """What of the named files is whole, and how far that reaches. The rest is forgotten."""
         whole = {name for name, digest in self.files.items() if self._is_whole(name, digest)}
         if lost := sorted(self.files.keys() - whole):
@@ -180,15 +215,17 @@ class RunStore:
         blocks = 0
         while {f"blocks/{blocks:05d}/{name}" for name in (BLOCK, METRICS)} <= whole:
             blocks += 1
+        scattered = {i for i in map(_block, whole) if {f"blocks/{i:05d}/{name}" for name in (BLOCK, METRICS)} <= whole}
         metrics = [json.loads(self._text(f"blocks/{index:05d}/{METRICS}")) for index in range(blocks)]
         if [block["index"] for block in metrics] != list(range(blocks)):
             raise ValueError("figures of other blocks")
         streams_at = max((_number(name) for name in whole if name.startswith("streams/")), default=0)
         streams_at = streams_at if streams_at <= blocks else 0
+        kept = scattered if independent else range(blocks)
         # Of a lost block on, all is made anew, as what follows was calibrated behind it; a finished model stays.
         keep = {CONFIG, TOKENS, self._streams_name(streams_at)} | (model if published else set())
-        keep |= {f"blocks/{index:05d}/{name}" for index in range(blocks) for name in (BLOCK, METRICS)}
-        keep |= {name for name in whole if name.startswith(f"partial/{blocks:05d}-")}
+        keep |= {f"blocks/{index:05d}/{name}" for index in kept for name in (BLOCK, METRICS)}
+        keep |= {name for name in whole if name.startswith((f"partial/{blocks:05d}-", "fronts/"))}
         keep = whole if finished else whole & keep
         self.files = {name: digest for name, digest in self.files.items() if name in keep}
         return Progress(
@@ -200,6 +237,8 @@ class RunStore:
             published=published,
             finished=finished,
             whole=not lost,
+            scattered=frozenset(kept),
+            fronts=tuple(sorted(PurePosixPath(name).stem for name in self.files if name.startswith("fronts/"))),
         )
 
     def _is_whole(self, name: str, digest: str) -> bool:
@@ -260,12 +299,48 @@ class RunStore:
                         path.rmdir()
                 elif path.relative_to(self.run_dir).as_posix() not in self.files:
                     path.unlink()
+        others = list(self.run_dir.glob("manifest-*.json"))
         with self._recording() as files:
             if CONFIG not in files:
                 write_text(self.run_dir / CONFIG, config_yaml)
             if TOKENS not in files:
                 write_tensors(self.run_dir / TOKENS, {"calibration": tokens_NT})
             self._add(files, CONFIG, TOKENS)
+        for path in others:  # whose files this manifest names by now
+            path.unlink()
+
+    def collect(self) -> None:
+        """Record what the other processes wrote, who write no more."""
+        others = self._take_over()
+        with self._recording():
+            pass
+        for path in others:
+            path.unlink()
+
+    def rewind(self, blocks: int, fronts: Iterable[str]) -> None:
+        """Let no more than the first so many blocks count, and those checkpoints of fronts."""
+        wanted = {f"fronts/{name}.ckpt" for name in fronts}
+        for name in [name for name in self.files if name.startswith(("blocks/", "fronts/"))]:
+            if name not in wanted and not 0 <= _block(name) < blocks:
+                del self.files[name]
+
+    def save_front(self, name: str, replaced: str, write: Callable[[Path], None]) -> None:
+        """Record where this process stands while blocks learn side by side.
+
+        Args:
+            name: A file name without its ending.
+            replaced: Beginning of the names that it makes superfluous.
+            write: Writes the checkpoint at a path.
+
+        Raises:
+            OSError: If something can't be written; what was saved before still counts.
+        """
+        name = f"fronts/{name}.ckpt"
+        (self.run_dir / name).parent.mkdir(exist_ok=True)
+        with self._recording(f"fronts/{replaced}") as files:
+            with replacing(self.run_dir / name) as temporary:
+                write(temporary)
+            self._add(files, name)
 
     def save_partial(self, index: int, attempt: int, step: int, write: Callable[[Path], None]) -> None:
         """Record a checkpoint inside a block; the one before it is dropped.
@@ -322,14 +397,14 @@ class RunStore:
 
     def finish(self, results: Mapping[str, Any]) -> None:
         """Record the results; what only resuming needs is dropped."""
-        with self._recording("streams/", "partial/") as files:
+        with self._recording("streams/", "partial/", "fronts/") as files:
             write_json(self.run_dir / RESULTS, results)
             self._add(files, RESULTS)
         self.clear()
 
     def clear(self) -> None:
         """Drop what only resuming needs, of a finished run."""
-        for folder in ("streams", "partial"):
+        for folder in ("streams", "partial", "fronts"):
             shutil.rmtree(self.run_dir / folder, ignore_errors=True)
 
     @contextmanager
@@ -338,7 +413,7 @@ class RunStore:
         files = {name: digest for name, digest in self.files.items() if not name.startswith(replaced)}
         yield files
         manifest = {"fingerprint": self.fingerprint, "files": files, "sha256": _digest(self.fingerprint, files)}
-        write_json(self.run_dir / MANIFEST, manifest)
+        write_json(self.run_dir / self.manifest, manifest)
         dropped, self.files = self.files.keys() - files.keys(), files
         for name in dropped:
             (self.run_dir / name).unlink(missing_ok=True)
@@ -350,6 +425,12 @@ class RunStore:
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _block(name: str) -> int:
+    """The block that a file belongs to; −1 for none."""
+    path = PurePosixPath(name)
+    return int(path.parent.name) if path.parts[0] == "blocks" else -1
 
 
 def _number(name: str) -> int:

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -40,6 +41,7 @@ class Signals:
     def __init__(self) -> None:
         self.received: int | None = None
         self._deferred = False
+        self._until: Callable[[], None] | None = None
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "Signals":
@@ -57,11 +59,28 @@ class Signals:
             signal.signal(signum, handler)
 
     def _hear(self, signum: int, frame: FrameType | None) -> None:
+        if self._until is not None:
+            if self.received is None:
+                threading.Thread(target=self._end, args=(self._until, signum), daemon=True).start()
+            self.received = signum
+            return
         if self.received is not None:
             os._exit(128 + signum)
         self.received = signum
         if not self._deferred:
             raise Interrupted(signum)
+
+    @staticmethod
+    def _end(until: Callable[[], None], signum: int) -> None:
+        until()
+        os._exit(128 + signum)
+
+    def follow(self, until: Callable[[], None]) -> None:
+        """From now on, a signal ends the process once `until` returns, whatever it is waiting for.
+
+        So end the processes that have nothing to save, when the one that has is done.
+        """
+        self._until = until
 
     def defer(self) -> None:
         """From now on, a signal waits for `check`.
@@ -79,7 +98,7 @@ class Signals:
         Raises:
             Interrupted: If there is one.
         """
-        if self.received is not None:
+        if self.received is not None and self._until is None:
             raise Interrupted(self.received)
 
     def resume(self) -> None:

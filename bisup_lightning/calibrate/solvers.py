@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from bisup_lightning.calibrate.block_calibration import BlockCalibration, Optimization
 from bisup_lightning.calibrate.run_store import Partial
+from bisup_lightning.calibrate.wavefront import Relay
 from bisup_lightning.data.datamodule import BlockDataModule
 from bisup_lightning.data.layer_inputs import LayerInputs, Run
+from bisup_lightning.errors import UserError
 from bisup_lightning.model.block import Theta, add_theta, fuse_layer, is_fused, quantize_layer
 from bisup_lightning.model.blockwise import BlockwiseModel, Positions, run_layer, run_layer_fast
 from bisup_lightning.model.family import LINEAR_INPUTS
@@ -45,6 +47,7 @@ class Block:
         orders: Order of the channels of each linear input, by its name, where the transform has one.
         seed: Seed of all that is drawn for this block.
         make_trainer: Makes a fresh Trainer for a number of epochs.
+        relay: Where its inputs come from and its outputs go while it learns.
         partial: Where an interrupted training of this block stopped, if it was saved.
     """
 
@@ -61,6 +64,7 @@ class Block:
     orders: Mapping[str, Tensor]
     seed: int
     make_trainer: Callable[[int], Trainer]
+    relay: Relay
     partial: Partial | None = None
     quantized: nn.Module | None = None  # what `start` gives copies of
 
@@ -92,6 +96,7 @@ class Solver(ABC):
         self.activation_clip = activation_clip
 
     needs_statistics = False  # of at least as many tokens as the widest linear input has channels
+    epochs = 1  # in which a block's outputs change
 
     @abstractmethod
     def solve(self, block: Block) -> nn.Module | None:
@@ -146,9 +151,12 @@ class BiSup(Solver):
             generator = torch.Generator().manual_seed(block.seed)
             add_theta(layer, self.theta, generator, block.statistics.absmax)
             micro_batch = min(block.batch_size, block.inputs.micro_batch)
-            batches = BlockDataModule(block.inputs, block.batch_size, block.seed)
+            batches = BlockDataModule(block.inputs, block.batch_size, block.seed, block.relay.begin_epoch)
             steps = self.epochs * len(batches.batches)
-            module = BlockCalibration(layer, block.positions, block.kv, self.optimization, steps, attempt, micro_batch)
+            module = BlockCalibration(
+                layer, block.positions, block.kv, self.optimization, steps, attempt, micro_batch,
+                block.inputs.share, block.relay,
+            )  # fmt: skip
             trainer = block.make_trainer(self.epochs)
             try:
                 trainer.fit(module, batches, ckpt_path=saved, weights_only=True)
@@ -157,6 +165,11 @@ class BiSup(Solver):
             else:
                 return module, trainer.callback_metrics["loss"].item()
             del layer, module, batches, trainer
+            if block.inputs.share.members > 1:  # the others wait for this one's gradients
+                raise UserError(
+                    "data.batch_size: training ran out of device memory, and processes that share a batch can't go on "
+                    "by halves; give a smaller data.batch_size or data.seq_len"
+                ) from out_of_memory
             block.inputs.halve(out_of_memory)
 
 
@@ -215,6 +228,7 @@ class GPTQ(Solver):
 
         block.inputs.for_each_q(run)
         handle.remove()
+        block.inputs.share.sum_(hessian)
         return hessian[0]
 
     def _solve_linear(self, linear: QuantLinear, hessian_II: Tensor) -> PackedLinear:

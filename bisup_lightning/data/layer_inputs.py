@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from bisup_lightning.data.share import WHOLE, Share
 from bisup_lightning.errors import UserError
 from bisup_lightning.quant.compiled import compiled_on_gpu
 
@@ -27,20 +28,22 @@ class LayerInputs:
         x_q: Inputs that the quantized predecessors gave.
         device: Where blocks compute.
         batch_size: Sequences to compute at a time.
+        share: Which part of the text these N sequences are; figures are those of the whole text all the same.
 
     Attributes:
         micro_batch: Sequences that are really computed at a time: `batch_size`, or what is left of it after the device
             ran out of memory.
     """
 
-    def __init__(self, x_fp: Tensor, x_q: Tensor, device: torch.device, batch_size: int) -> None:
+    def __init__(self, x_fp: Tensor, x_q: Tensor, device: torch.device, batch_size: int, share: Share = WHOLE) -> None:
         self.fp, self.q = x_fp, x_q
         self.device, self.micro_batch = device, batch_size
+        self.share = share
 
     @property
     def num_tokens(self) -> int:
-        """N · T."""
-        return self.fp.shape[0] * self.fp.shape[1]
+        """N · T, of the whole text."""
+        return self.fp.shape[0] * self.fp.shape[1] * self.share.members
 
     def halve(self, error: torch.OutOfMemoryError) -> None:
         """Compute half as many sequences at a time from now on, which changes no result but takes longer.
@@ -86,7 +89,7 @@ class LayerInputs:
             squares.add_(squared_error(run(self.q[batch].to(self.device)), self.fp[batch].to(self.device)))
 
         self._for_each(step)
-        return squares.item() / self.q.numel()
+        return self._mean(squares)
 
     @torch.no_grad()
     def outputs_q(self, run: Run) -> tuple[Tensor, float]:
@@ -100,7 +103,7 @@ class LayerInputs:
             outputs[batch] = y_BTD.to(outputs)
 
         self._for_each(step)
-        return outputs, squares.item() / outputs.numel()
+        return outputs, self._mean(squares)
 
     @torch.no_grad()
     def for_each_q(self, run: Run) -> None:
@@ -124,7 +127,11 @@ class LayerInputs:
             squares.add_(sum_of_squares(self.fp[batch].to(self.device)))
 
         self._for_each(step)
-        return squares.item() / self.fp.numel()
+        return self._mean(squares)
+
+    def _mean(self, squares: Tensor) -> float:
+        self.share.sum_([squares])
+        return squares.item() / (self.fp.numel() * self.share.members)
 
 
 @compiled_on_gpu(dynamic=True)

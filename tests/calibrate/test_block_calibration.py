@@ -10,6 +10,7 @@ from lightning.pytorch import Trainer
 from bisup_lightning.calibrate.block_calibration import BlockCalibration, Optimization
 from bisup_lightning.data.datamodule import BlockDataModule
 from bisup_lightning.data.layer_inputs import LayerInputs
+from bisup_lightning.data.share import WHOLE
 from bisup_lightning.model.block import Theta, add_theta, quantize_layer, theta_parameters
 from bisup_lightning.model.blockwise import BlockwiseModel, run_layer
 from bisup_lightning.model.kv import BlockKV, KVQuantizer
@@ -23,15 +24,15 @@ LEAST_CLIP = 1e-2
 
 
 class Problem:
-    """A quantized block with Θ, seven sequences behind it (the last batch is partial), and their targets."""
+    """A quantized block with Θ, sequences before it (of seven, the last batch is partial), and their targets."""
 
-    def __init__(self, folder, theta=None):
+    def __init__(self, folder, theta=None, count=7):
         model = BlockwiseModel(folder, CPU, torch.float32)
         scheme = Scheme.of(Precision(QuantSpec(3), QuantSpec(4)))
         self.positions = model.positions(0, 10, 0)
         self.kv = BlockKV(KVQuantizer.of(scheme))
         generator = torch.Generator().manual_seed(0)
-        x_q = torch.randn(7, 10, model.family.hidden_size, generator=generator)
+        x_q = torch.randn(count, 10, model.family.hidden_size, generator=generator)
         self.inputs = LayerInputs(x_q + 0.01 * torch.randn(x_q.shape, generator=generator), x_q, CPU, BATCH)
         fp = model.layer(0)
         self.inputs.advance_fp(lambda x_BTD: run_layer(fp, x_BTD, self.positions, BlockKV()))
@@ -41,11 +42,11 @@ class Problem:
     def data(self):
         return BlockDataModule(self.inputs, BATCH, SEED)
 
-    def train(self, optimization, attempt=0, epochs=EPOCHS, micro_batch=None):
+    def train(self, optimization, attempt=0, epochs=EPOCHS, micro_batch=None, share=WHOLE):
         """Θ after Lightning has trained a copy of the block."""
         layer = copy.deepcopy(self.layer)
         steps = epochs * len(self.data().batches)
-        module = BlockCalibration(layer, self.positions, self.kv, optimization, steps, attempt, micro_batch)
+        module = BlockCalibration(layer, self.positions, self.kv, optimization, steps, attempt, micro_batch, share)
         trainer = Trainer(
             max_epochs=epochs, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
             enable_progress_bar=False, enable_model_summary=False,
@@ -64,7 +65,7 @@ class Problem:
         step, steps = 0, epochs * math.ceil(7 / BATCH)
         for _ in range(epochs):
             losses = []
-            for x_BTD, target_BTD in loader:
+            for x_BTD, target_BTD, _ in loader:
                 difference = run_layer(layer, x_BTD, self.positions, self.kv) - target_BTD
                 loss = (difference * difference).mean()
                 loss.backward()

@@ -20,15 +20,15 @@ def epochs(count, batch_size, seed, number):
 
 
 def order(epoch):
-    return [int(x_TD[0, 0]) for x_BTD, _ in epoch for x_TD in x_BTD]
+    return [int(x_TD[0, 0]) for x_BTD, _, _ in epoch for x_TD in x_BTD]
 
 
 @pytest.mark.parametrize(("count", "batch_size", "sizes"), [(10, 4, [4, 4, 2]), (8, 4, [4, 4]), (3, 8, [3])])
 def test_each_epoch_is_a_permutation_of_whole_pairs(count, batch_size, sizes):
     for epoch in epochs(count, batch_size, seed=0, number=3):
         assert sorted(order(epoch)) == list(range(1, count + 1))
-        assert [len(x_BTD) for x_BTD, _ in epoch] == sizes
-        for x_BTD, target_BTD in epoch:
+        assert [len(x_BTD) for x_BTD, _, _ in epoch] == sizes
+        for x_BTD, target_BTD, _ in epoch:
             assert torch.equal(target_BTD, -x_BTD)
 
 
@@ -58,7 +58,7 @@ def test_batches_are_copies():
     """What a step does with its batch does not reach the streams."""
     streams = inputs(6)
     before = streams.q.clone(), streams.fp.clone()
-    for x_BTD, target_BTD in BlockDataModule(streams, 4, 0).train_dataloader():
+    for x_BTD, target_BTD, _ in BlockDataModule(streams, 4, 0).train_dataloader():
         x_BTD.zero_()
         target_BTD.zero_()
     assert torch.equal(streams.q, before[0])

@@ -1,0 +1,273 @@
+"""Several processes at one model: who they are, how they are arranged, where they stand."""
+
+import os
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins.environments import ClusterEnvironment, SLURMEnvironment, TorchElasticEnvironment
+
+from bisup_lightning.calibrate.link import Link
+from bisup_lightning.calibrate.run_store import Partial, Progress, RunStore
+from bisup_lightning.calibrate.schedule import Schedule
+from bisup_lightning.data.share import WHOLE, Share, waiting_for_peers
+from bisup_lightning.errors import UserError
+
+Mode = Literal["none", "data", "wavefront", "independent"]
+PATIENCE = timedelta(hours=2)  # with a peer that is silent but not known to be dead; a block's epoch takes minutes
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """How several processes work at one model; see docs/parallel.md.
+
+    Args:
+        mode: `data`: each holds a part of the text, and of every batch; `wavefront`: each calibrates a block, and
+            blocks that follow each other learn at the same time; `independent`: each block is calibrated on
+            full-precision inputs; `none`: one process calibrates block after block.
+        stages: Blocks that learn at the same time in a wavefront; the processes of each share the text. As many as
+            there are processes or epochs unless given.
+    """
+
+    mode: Mode = "none"
+    stages: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.stages is not None and (self.mode != "wavefront" or self.stages < 1):
+            raise ValueError(f"parallel.stages must be 1 or more, and goes with parallel.mode wavefront: {self.stages}")
+
+    def arrange(self, world: int, epochs: int, batch_size: int, num_sequences: int) -> tuple[int, int]:
+        """Stages, and members of each, for so many processes.
+
+        Raises:
+            UserError: If they can't be arranged.
+        """
+        stages = 1
+        if self.mode == "independent":
+            stages = world
+        elif self.mode == "wavefront":
+            if epochs == 1 and world > 1:
+                raise UserError("parallel.mode: wavefront needs a solver that learns over several epochs; choose data")
+            stages = self.stages or max(s for s in range(1, min(world, epochs) + 1) if world % s == 0)
+            if stages > epochs or world % stages:
+                raise UserError(
+                    f"parallel.stages: {stages} must divide the {world} processes and not exceed the {epochs} epochs"
+                )
+        members = world // stages
+        if batch_size % members or (members > 1 and num_sequences % batch_size):
+            raise UserError(
+                f"data.batch_size: {batch_size} must be a multiple of the {members} processes that share a batch, and "
+                f"data.num_samples ({num_sequences}) a multiple of data.batch_size"
+            )
+        return stages, members
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of a run, each of which has its rank; by itself, one.
+
+    Args:
+        rank: This process's.
+        world: How many there are.
+        store: What they know in common.
+    """
+
+    rank: int = 0
+    world: int = 1
+    store: dist.Store | None = None
+
+    @property
+    def leads(self) -> bool:
+        """Whether it is the first, which alone reads the text, writes the manifest and measures."""
+        return self.rank == 0
+
+    def tell(self, key: str, value: str) -> None:
+        """Let all know something that changes."""
+        if self.store is not None:
+            with waiting_for_peers():
+                self.store.set(key, value)
+
+    def announce(self, key: str, value: str = "") -> None:
+        """Let all know something; what was announced first holds."""
+        if self.store is not None:
+            with waiting_for_peers():
+                self.store.compare_set(key, "", value or "yes")
+
+    def heard(self, key: str) -> bool:
+        """Whether something was announced."""
+        with waiting_for_peers():
+            return self.store is not None and self.store.check([key])
+
+    def wait_for(self, keys: Iterable[str], seconds: float = float("inf")) -> None:
+        """Wait until all is announced, or so long; a signal is heard meanwhile."""
+        end = time.monotonic() + seconds
+        for key in keys:
+            while not self.heard(key) and time.monotonic() < end:
+                time.sleep(0.05)
+
+    def announced(self, key: str) -> str:
+        """What was announced."""
+        assert self.store is not None
+        with waiting_for_peers():
+            return self.store.get(key).decode()
+
+
+def environment() -> ClusterEnvironment | None:
+    """The environment of one process of several, as torchrun or SLURM started it."""
+    if TorchElasticEnvironment.detect():
+        return TorchElasticEnvironment()
+    if SLURMEnvironment.detect() and int(os.environ["SLURM_NTASKS"]) > 1:
+        return SLURMEnvironment()
+    return None
+
+
+def join(place: ClusterEnvironment, device: torch.device) -> Ranks:
+    """Meet the other processes."""
+    rank, world = place.global_rank(), place.world_size()
+    hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by the launcher, which outlives the first
+    with waiting_for_peers():
+        store = dist.TCPStore(
+            place.main_address, place.main_port, is_master=rank == 0 and not hosted, timeout=PATIENCE
+        )  # fmt: skip
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(
+            backend, store=dist.PrefixStore("group", store), rank=rank, world_size=world, timeout=PATIENCE
+        )
+    return Ranks(rank, world, dist.PrefixStore("run", store))
+
+
+def leave() -> None:
+    """Take part in no more messages; what was announced can still be heard."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a process stands among stages of equally many members each.
+
+    Args:
+        stages: See `Parallel`.
+        members: Processes of each stage.
+        stage: This one's.
+        member: Which one of the stage it is.
+        share: The part of the text that it holds.
+        upstream: From its like in the stage before; None where there is only one stage.
+        downstream: To its like in the stage behind.
+    """
+
+    stages: int = 1
+    members: int = 1
+    stage: int = 0
+    member: int = 0
+    share: Share = WHOLE
+    upstream: Link | None = field(default=None, compare=False)
+    downstream: Link | None = field(default=None, compare=False)
+
+
+def take_place(ranks: Ranks, stages: int, members: int, device: torch.device) -> Place:
+    """Find this process's place. All processes call it together, once."""
+    stage, member = divmod(ranks.rank, members)
+    share, links = WHOLE, {}
+    if members > 1:  # all take part in making every group
+        groups = [dist.new_group(range(s * members, (s + 1) * members)) for s in range(stages)]
+        share = Share(member, members, groups[stage])
+    if stages > 1:
+        for s in range(stages):
+            for m in range(members):
+                sender, receiver = s * members + m, (s + 1) % stages * members + m
+                group = dist.new_group([sender, receiver])
+                if ranks.rank == sender:
+                    links["downstream"] = Link(receiver, group, device)
+                if ranks.rank == receiver:
+                    links["upstream"] = Link(sender, group, device)
+    return Place(stages, members, stage, member, share, **links)
+
+
+@dataclass(frozen=True)
+class Front:
+    """A time at which all blocks that were learning saved themselves.
+
+    Args:
+        schedule: Of the run that did.
+        time: In its epochs.
+        partials: The checkpoints' names, by block and member.
+    """
+
+    schedule: Schedule
+    time: int
+    partials: dict[tuple[int, int], str]
+
+
+def front_name(schedule: Schedule, members: int, time_: int, block: int, member: int) -> str:
+    """File name of a block's checkpoint at a front, for one member of its stage."""
+    return f"{schedule.stages}x{members}-{schedule.first:05d}-{time_:06d}-{block:05d}-{member:05d}"
+
+
+def last_front(progress: Progress, stages: int, members: int, epochs: int, num_blocks: int) -> Front:
+    """Where a wavefront goes on: at the last front that all its blocks saved, else at its beginning.
+
+    A wavefront of other stages begins anew behind the blocks that are finished. One of the same does not, as blocks
+    that were finished behind the front learned from inputs that only those before them could give again.
+    """
+    others = [index for index, block in enumerate(progress.metrics) if block["stages"] != stages]
+    schedule = Schedule(max(others, default=-1) + 1, num_blocks, stages, epochs)
+    saved: dict[int, dict[tuple[int, int], str]] = defaultdict(dict)
+    for name in progress.fronts:
+        arrangement, *numbers = name.split("-")
+        first, moment, block, member = map(int, numbers)
+        if arrangement == f"{stages}x{members}" and first == schedule.first:
+            saved[moment][block, member] = name
+    for moment in sorted(saved, reverse=True):
+        wanted = {(block, member) for block in schedule.learning_at(moment) for member in range(members)}
+        if wanted == saved[moment].keys() and schedule.finished_at(moment) <= len(progress.metrics):
+            return Front(schedule, moment, saved[moment])
+    return Front(schedule, 0, {})
+
+
+def rewind(store: RunStore, progress: Progress, front: Front) -> Progress:
+    """Progress as far as a front reaches; the rest counts no longer.
+
+    Its streams are those before the wavefront's first block.
+    """
+    store.rewind(front.schedule.finished_at(front.time), front.partials.values())
+    first = front.schedule.first
+    streams = progress.streams if progress.streams_at <= first else None
+    return replace(
+        progress,
+        metrics=progress.metrics[:first],
+        streams=streams,
+        streams_at=progress.streams_at if streams is not None else 0,
+        partial=None,
+    )
+
+
+def partial_at(store: RunStore, front: Front, place: Place) -> Partial | None:
+    """The checkpoint of the block that a stage was learning at a front."""
+    for (block, member), name in front.partials.items():
+        if front.schedule.stage_of(block) == place.stage and member == place.member:
+            return Partial(block, 0, store.run_dir / "fronts" / f"{name}.ckpt")
+    return None
+
+
+def parse_blocks(text: str | None, num_blocks: int) -> range:
+    """The blocks that `8:16` means: 8 to 15.
+
+    Raises:
+        UserError: If it means none of the model's.
+    """
+    if text is None:
+        return range(num_blocks)
+    numbers: Sequence[Any] = text.split(":")
+    try:
+        first, end = (int(number) for number in numbers)
+    except ValueError:
+        first = end = -1
+    if not 0 <= first < end <= num_blocks:
+        raise UserError(f"blocks: {text} must be first:end with 0 <= first < end <= {num_blocks}, as in 0:{num_blocks}")
+    return range(first, end)
