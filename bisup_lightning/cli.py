@@ -29,6 +29,7 @@ from bisup_lightning.calibrate.fit import fit
 from bisup_lightning.calibrate.job import Compile, Job
 from bisup_lightning.calibrate.launch import launch
 from bisup_lightning.calibrate.measure import evaluate_checkpoint, evaluate_run, read_results
+from bisup_lightning.calibrate.merge import merge
 from bisup_lightning.calibrate.parallel import Parallel, Ranks, environment, join
 from bisup_lightning.calibrate.run_store import CONFIG, Resume
 from bisup_lightning.calibrate.signals import Interrupted, Signals, requeue
@@ -126,6 +127,10 @@ def build_parser() -> LightningArgumentParser:
     compare = new_parser("Print finished runs side by side, and in the layout of the paper's tables.")
     compare.add_argument("runs", type=Path, nargs="+", help="Run directories; the first is the baseline.")
     compare.add_argument("--output", type=Path | None, default=None, help="Where to write the paper's tables.")
+    merge_runs = new_parser("Assemble runs of `fit --parallel.mode independent --blocks first:end`.")
+    merge_runs.add_argument("runs", type=Path, nargs="+", help="Their directories.")
+    merge_runs.add_argument("--run_dir", type=Path, required=True, help="Directory of the whole run.")
+    merge_runs.add_argument("--accelerator", type=str, default="auto", help="cpu, cuda or auto.")
     parser.add_argument(
         TRUST, action="append", metavar="MODULE", help="Module whose classes a configuration may name; see README."
     )
@@ -137,6 +142,7 @@ def build_parser() -> LightningArgumentParser:
         ("compare", compare, "print runs side by side"),
         ("analyze", analyze, "trace a run's errors"),
         ("report", report, "write a run's report again"),
+        ("merge", merge_runs, "assemble runs of some blocks each"),
     ):
         commands.add_subcommand(name, sub, help=line)
     return parser
@@ -299,13 +305,12 @@ def run(arguments: Sequence[str], signals: Signals) -> int:
             return launch(arguments, count)
         results = fit(make_job(fit_parser(), options, signals, ranks))
         if results is not None:
-            print_scores(console, results)
-            console.print(f"model: {options.run_dir / 'model'}")
-            if not (options.run_dir / REPORT).is_file():
-                write_report(options.run_dir)
-            console.print(f"report: {options.run_dir / REPORT}")
+            print_run(console, options.run_dir, results)
         elif ranks.leads:
             console.print(f"blocks {options.blocks}: {options.run_dir}, for `main.py merge`")
+    elif command == "merge":
+        job = replace(recorded_job(options.runs[0], options.accelerator, signals), run_dir=options.run_dir)
+        print_run(console, options.run_dir, merge(options.runs, job))
     elif command == "test":
         print_scores(console, test(options, signals))
     elif command == "predict":
@@ -334,6 +339,16 @@ def run(arguments: Sequence[str], signals: Signals) -> int:
     return 0
 
 
+def print_run(console: Console, run_dir: Path, results: Mapping[str, Any] | None) -> None:
+    """Print what a run measured and where it lies, and write its report unless that is there."""
+    assert results is not None
+    print_scores(console, results)
+    console.print(f"model: {run_dir / 'model'}")
+    if not (run_dir / REPORT).is_file():
+        write_report(run_dir)
+    console.print(f"report: {run_dir / REPORT}")
+
+
 def print_scores(console: Console, results: Mapping[str, Any]) -> None:
     """Print what was measured."""
     if results["perplexity"] or not results["zero_shot"]:
@@ -349,12 +364,23 @@ def finished_job(run_dir: Path, accelerator: str, signals: Signals) -> Job:
         UserError: If it is not finished.
     """
     read_results(run_dir)
+    return recorded_job(run_dir, accelerator, signals)
+
+
+def recorded_job(run_dir: Path, accelerator: str, signals: Signals) -> Job:
+    """What a run was asked for, to be done by one process.
+
+    Raises:
+        UserError: If its configuration can't be read.
+    """
+    if not (run_dir / CONFIG).is_file():
+        raise UserError(f"{run_dir} holds no run (no {CONFIG})")
     parser = fit_parser()
     check_file(run_dir / CONFIG)
     config = parser.parse_path(run_dir / CONFIG)
     config.run_dir = run_dir
     config.trainer.accelerator = accelerator
-    config.parallel.mode, config.trainer.devices = "none", 1
+    config.parallel.stages, config.trainer.devices = None, 1
     return make_job(parser, config, signals, Ranks())
 
 

@@ -5,8 +5,11 @@ A process may be killed, and what is patched in it is gone with it; it starts in
 
 import multiprocessing
 import os
+import signal
+import socket
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -52,6 +55,11 @@ class Run:
         self._process.join(seconds)
         return not self._process.is_alive()
 
+    @property
+    def exit_code(self) -> int | None:
+        """Of a run that has ended."""
+        return self._process.exitcode
+
     def wait(self, seconds: float = 120) -> tuple[int, str]:
         """The exit code (−9 for SIGKILL), and what was written to stderr.
 
@@ -86,3 +94,30 @@ def _run(
     from bisup_lightning.cli import main
 
     sys.exit(main(arguments))
+
+
+def ranks(world: int, arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> list[Run]:
+    """Runs of the command line that know of each other, as torchrun would start them."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    common = {
+        "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port),
+        "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test", "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    return [
+        Run(arguments, environment={**common, "RANK": str(rank), "LOCAL_RANK": str(rank), **(environment or {})})
+        for rank in range(world)
+    ]
+
+
+def wait_for_all(runs: Sequence[Run], seconds: float = 120) -> list[tuple[int, str]]:
+    """Exit code and stderr of each; as soon as one fails the others are ended, as the launcher does."""
+    end = time.monotonic() + seconds
+    while any(not run.ends_within(0.02) for run in runs):
+        failed = any(run.ends_within(0) and run.exit_code for run in runs)
+        if failed or time.monotonic() > end:
+            for run in runs:
+                if not run.ends_within(1.0):
+                    run.signal(signal.SIGKILL)
+    return [run.wait() for run in runs]

@@ -30,6 +30,7 @@ from bisup_lightning.calibrate.run_lock import RunLock
 from bisup_lightning.calibrate.run_store import METRICS, Progress, RunStore
 from bisup_lightning.calibrate.wavefront import Independent, Wavefront
 from bisup_lightning.data import corpus
+from bisup_lightning.data.share import PeerLost
 from bisup_lightning.evaluate.perplexity import evaluate
 from bisup_lightning.hub.load import open_quantized
 from bisup_lightning.hub.save import save_model
@@ -120,8 +121,11 @@ def follow(job: Job) -> None:
     """As one of the other processes: take part in the walk that the first one begins."""
     ranks = job.ranks
     job.signals.follow(lambda: ranks.wait_for([ENDED], 0.0 if job.parallel.mode == "wavefront" else PARTING))
-    ranks.wait_for([BEGUN])
-    if ranks.announced(BEGUN) != "walk":
+    try:
+        ranks.wait_for([BEGUN])
+        if ranks.announced(BEGUN) != "walk":
+            return
+    except PeerLost:  # the first one had nothing to do, or has told what is wrong
         return
     plain, tokenizer = open_checkpoint(job.checkpoint, job.device)
     prompt_ids = job.prompt.ids(tokenizer, plain.family.config)

@@ -135,8 +135,8 @@ class RunStore:
         """
         if not (self.run_dir / MANIFEST).is_file():
             raise UserError(
-                f"run_dir: {self.run_dir} on {socket.gethostname()} is not the first process's; "
-                "name a directory that all hosts share"
+                f"run_dir: {self.run_dir} holds no run as seen from {socket.gethostname()}; "
+                "several hosts need a directory that they share"
             )
         self.fingerprint, self.files = self._read_manifest()
         progress = self._survey(independent)
@@ -216,7 +216,7 @@ class RunStore:
         while {f"blocks/{blocks:05d}/{name}" for name in (BLOCK, METRICS)} <= whole:
             blocks += 1
         scattered = {i for i in map(_block, whole) if {f"blocks/{i:05d}/{name}" for name in (BLOCK, METRICS)} <= whole}
-        metrics = [json.loads(self._text(f"blocks/{index:05d}/{METRICS}")) for index in range(blocks)]
+        metrics = [self.read_metrics(index) for index in range(blocks)]
         if [block["index"] for block in metrics] != list(range(blocks)):
             raise ValueError("figures of other blocks")
         streams_at = max((_number(name) for name in whole if name.startswith("streams/")), default=0)
@@ -271,6 +271,10 @@ class RunStore:
     def read_block(self, index: int) -> dict[str, Tensor]:
         """Those tensors, by full name."""
         return load_file(self.block_file(index))
+
+    def read_metrics(self, index: int) -> dict[str, Any]:
+        """Its figures."""
+        return json.loads(self._text(f"blocks/{index:05d}/{METRICS}"))
 
     def block_digests(self) -> dict[Path, str]:
         """SHA-256 of every finished block's tensors, by file, in order."""

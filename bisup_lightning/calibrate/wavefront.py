@@ -209,7 +209,7 @@ class Wavefront(Chain):
 
     def end_epoch(self, epoch: int) -> None:
         """Pass it on; what the last epoch gave is not wanted, but what the fused block gives."""
-        if self._outputs is not None:
+        if self._outputs is not None and epoch in self._wanted():  # not what a second attempt gives once more
             assert self.place.downstream is not None
             self.place.downstream.send(self._outputs)
             self._given, self._outputs, self._rows = epoch, None, []

@@ -51,7 +51,7 @@ def save_model(
     temporary.mkdir(parents=True)
     head = fp.checkpoint.head_name(fp.family.config.tie_word_embeddings)
     cpu, storage = torch.device("cpu"), fp.storage_dtype
-    shared = {name: fp.checkpoint.read_shared(name, cpu, storage) for name in {EMBEDDING, FINAL_NORM, head}}
+    shared = {name: fp.checkpoint.read_shared(name, cpu, storage) for name in sorted({EMBEDDING, FINAL_NORM, head})}
     if prompt_ids:
         shared[PROMPT + "ids"] = torch.tensor(list(prompt_ids))
     write_tensors(temporary / SHARED, shared)

@@ -1,0 +1,56 @@
+"""Assembles runs that calibrated some of a model's blocks each."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from bisup_lightning.calibrate.fit import fit
+from bisup_lightning.calibrate.job import Job
+from bisup_lightning.calibrate.measure import open_checkpoint
+from bisup_lightning.calibrate.run_lock import RunLock
+from bisup_lightning.calibrate.run_store import RunStore
+from bisup_lightning.errors import UserError
+
+
+def merge(runs: Sequence[Path], job: Job) -> dict[str, Any] | None:
+    """Copy the blocks of several runs into one, and end it: audit, publish, measure.
+
+    Args:
+        runs: Directories of runs of `fit --parallel.mode independent --blocks first:end`.
+        job: What they were all asked for, with the directory of the merged run.
+
+    Returns:
+        The content of its results.json.
+
+    Raises:
+        UserError: If they do not belong together, or a block is missing.
+    """
+    source: dict[int, RunStore] = {}
+    fingerprint: Mapping[str, Any] = {}
+    tokens_NT = None
+    for run in runs:
+        store = RunStore(run)
+        progress = store.join(independent=True)
+        if store.fingerprint.get("parallel.mode") != "independent":
+            raise UserError(
+                f"merge: the blocks of {run} depend on each other; run fit with --parallel.mode independent"
+            )
+        if fingerprint and (keys := [key for key in fingerprint if fingerprint[key] != store.fingerprint.get(key)]):
+            raise UserError(f"merge: {run} differs from {runs[0]} in {', '.join(keys)}; they do not belong together")
+        fingerprint, tokens_NT = store.fingerprint, progress.tokens_NT if tokens_NT is None else tokens_NT
+        source |= dict.fromkeys(progress.scattered, store)
+    plain, _ = open_checkpoint(job.checkpoint, job.device)
+    if missing := sorted(set(range(plain.num_layers)) - source.keys()):
+        raise UserError(f"merge: no run has block {missing[0]}{f' and {len(missing) - 1} more' * (len(missing) > 1)}")
+    if tokens_NT is None:
+        raise UserError(f"merge: {runs[0]} has lost its calibration text; run its fit again, which mends it")
+    merged = RunStore(job.run_dir)
+    with RunLock(job.run_dir) as lock:
+        there = merged.open(fingerprint, independent=True).scattered
+        lock.claim()
+        merged.begin(job.config_yaml, tokens_NT)
+        for index, store in sorted(source.items()):
+            if index not in there:
+                merged.save_block(index, store.read_block(index), store.read_metrics(index))
+    return fit(replace(job, blocks=None))
