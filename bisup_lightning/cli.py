@@ -36,6 +36,7 @@ from bisup_lightning.hub.audit import AuditError
 from bisup_lightning.hub.generate import complete
 from bisup_lightning.quant.spec import Precision, QuantSpec
 from bisup_lightning.report.compare import tables_of, write_tables
+from bisup_lightning.report.errors_chart import write_errors
 from bisup_lightning.report.page import REPORT, write_report
 from bisup_lightning.report.run import Run
 from bisup_lightning.report.tables import comparison_table, perplexity_table, text_table, zero_shot_table
@@ -110,7 +111,7 @@ def build_parser() -> LightningArgumentParser:
     report.add_argument("--run_dir", type=Path, required=True, help="A finished run.")
     compare = new_parser("Print finished runs side by side, and in the layout of the paper's tables.")
     compare.add_argument("runs", type=Path, nargs="+", help="Run directories; the first is the baseline.")
-    compare.add_argument("--output", type=Path | None, default=None, help="Where to write the paper's tables.")
+    compare.add_argument("--output", type=Path | None, default=None, help="Where tables and the chart of errors go.")
     parser.add_argument(
         TRUST, action="append", metavar="MODULE", help="Module whose classes a configuration may name; see README."
     )
@@ -267,6 +268,10 @@ def run(arguments: Sequence[str], signals: Signals) -> None:
         if options.output is not None:
             write_tables(options.output, tables)
             console.print(f"tables: {options.output}/compare.md, .csv, .tex")
+            chart = write_errors(options.output, list(runs.values()))
+            console.print(
+                f"errors: {chart or 'no chart, since no run is analyzed: main.py analyze --run_dir RUN first'}"
+            )
 
 
 def print_scores(console: Console, results: Mapping[str, Any]) -> None:
