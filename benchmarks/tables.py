@@ -168,8 +168,8 @@ def run_all(cells: Sequence[Cell], options: argparse.Namespace, jobs: int, clock
             if (ended := future.result()) is None:
                 continue
             name, code, seconds = ended
-            log = options.runs / f"{name}.log"
-            clock.tick(f"{name}: finished in {seconds:.0f} s" if code == 0 else f"{name}: FAILED, see {log}")
+            words = (options.runs / f"{name}.log").read_text(encoding="utf-8").splitlines() or ["nothing"]
+            clock.tick(f"{name}: finished in {seconds:.0f} s" if code == 0 else f"{name}: FAILED, saying: {words[-1]}")
             if code:
                 failed.append(name)
             elif options.archive:
