@@ -270,7 +270,7 @@ def run(arguments: Sequence[str], signals: Signals) -> None:
             console.print(f"tables: {options.output}/compare.md, .csv, .tex")
             chart = write_errors(options.output, list(runs.values()))
             console.print(
-                f"errors: {chart or 'no chart, since no run is analyzed: main.py analyze --run_dir RUN first'}"
+                f"errors: {chart or 'no chart, as no run is analyzed; run main.py analyze --run_dir RUN first'}"
             )
 
 
