@@ -1,10 +1,12 @@
 """The paper's ablations on one model: Tables 3, A11, A12, A13 and A14, and which of the paper's trends hold there.
 
     python benchmarks/tables.py --checkpoint REF --calibration wikipedia.txt --perplexity wiki.test.raw \
-        --seq_len 1024 --max_chunks 64 --device cuda --jobs 4 --page docs/results.md
+        --seq_len 1024 --max_chunks 64 --device cuda --jobs 4 --page docs/results.md --archive tables.tar.gz --minutes 9
 
 Every cell is one `python main.py fit`; cells that tables share are run once, and a finished one is not run again. The
-cells of Table A14, where time is measured, run one at a time before the rest.
+cells of Table A14, where time is measured, run one at a time before the rest. The archive gets the figures of each cell
+when it is finished, and gives them back to the next call, on whatever machine; `--minutes 0` runs nothing and writes
+the page from what is there.
 """
 
 import argparse
@@ -12,14 +14,18 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+import tarfile
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+from benchmarks.archive import pack, unpack  # noqa: E402
 from benchmarks.trends import trends_of  # noqa: E402
+from bisup_lightning.errors import UserError  # noqa: E402
 from bisup_lightning.report.compare import tables_of  # noqa: E402
 from bisup_lightning.report.run import RESULTS, Run  # noqa: E402
 
@@ -119,21 +125,78 @@ def command_of(cell: Cell, options: argparse.Namespace) -> list[str]:
     ]  # fmt: skip
 
 
-def run_all(cells: Sequence[Cell], options: argparse.Namespace, jobs: int) -> list[str]:
-    """Run cells that are not finished, `jobs` at a time; names of those that failed."""
+class Clock:
+    """Tells how far the grid is, and when to begin no more.
+
+    Args:
+        count: Cells that are to be run.
+        minutes: After which none is begun; None for no end.
+    """
+
+    def __init__(self, count: int, minutes: float | None) -> None:
+        self.count, self.done, self.began = count, 0, time.monotonic()
+        self.end = self.began + 60 * minutes if minutes is not None else float("inf")
+
+    def over(self) -> bool:
+        """Whether time is up."""
+        return time.monotonic() >= self.end
+
+    def tick(self, line: str) -> None:
+        """Print that one more cell is done."""
+        self.done += 1
+        passed = time.monotonic() - self.began
+        left = passed / self.done * (self.count - self.done)
+        print(f"[{self.done}/{self.count}] {line}; {passed:.0f} s so far, about {left:.0f} s to go", flush=True)
+
+
+def run_all(cells: Sequence[Cell], options: argparse.Namespace, jobs: int, clock: Clock) -> list[str]:
+    """Run cells, `jobs` at a time, and put the figures of each into the archive; names of those that failed."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
 
-    def run(cell: Cell) -> str | None:
-        if (options.runs / cell.name / RESULTS).is_file():
+    def run(cell: Cell) -> tuple[str, int, float] | None:
+        if clock.over():
             return None
+        began = time.monotonic()
         with (options.runs / f"{cell.name}.log").open("w", encoding="utf-8") as log:
             command = command_of(cell, options)
             done = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, env=environment, check=False)
-        print(f"{cell.name}: {'finished' if done.returncode == 0 else f'FAILED, see {log.name}'}", flush=True)
-        return cell.name if done.returncode else None
+        return cell.name, done.returncode, time.monotonic() - began
 
+    failed = []
     with ThreadPoolExecutor(jobs) as pool:
-        return [name for name in pool.map(run, cells) if name]
+        for future in as_completed([pool.submit(run, cell) for cell in cells]):
+            if (ended := future.result()) is None:
+                continue
+            name, code, seconds = ended
+            words = (options.runs / f"{name}.log").read_text(encoding="utf-8").splitlines() or ["nothing"]
+            clock.tick(f"{name}: finished in {seconds:.0f} s" if code == 0 else f"{name}: FAILED, saying: {words[-1]}")
+            if code:
+                failed.append(name)
+            elif options.archive:
+                pack(options.runs, options.archive)
+    return failed
+
+
+def check_same_model(runs: Iterable[Run]) -> None:
+    """Refuse runs of different checkpoints, which an archive may bring together.
+
+    Raises:
+        UserError: Naming two of them.
+    """
+    known: dict[tuple[tuple[str, str], ...], Run] = {}
+    for run in runs:
+        files = {key: value for key, value in run.results["fingerprint"].items() if key.startswith("checkpoint/")}
+        known[tuple(sorted(files.items()))] = run
+    if len(known) > 1:
+        first, second, *_ = (run.folder.name for run in known.values())
+        raise UserError(
+            f"{first} and {second} are runs of different models; give each model its own --runs and --archive"
+        )
+
+
+def finished(cell: Cell, options: argparse.Namespace) -> bool:
+    """Whether a cell has its figures."""
+    return (options.runs / cell.name / RESULTS).is_file()
 
 
 def page_of(cells_by_table: dict[str, list[Cell]], options: argparse.Namespace) -> str:
@@ -142,14 +205,22 @@ def page_of(cells_by_table: dict[str, list[Cell]], options: argparse.Namespace) 
         cell: Run.read(options.runs / cell.name)
         for cells in cells_by_table.values()
         for cell in cells
-        if (options.runs / cell.name / RESULTS).is_file()
+        if finished(cell, options)
     }
-    versions = ", ".join(f"{name} {version}" for name, version in next(iter(runs.values())).results["versions"].items())
-    device = next(iter(runs.values())).results["device"]
+    check_same_model(runs.values())
+    machines = dict.fromkeys(
+        f"{run.results['device']} ({', '.join(' '.join(pair) for pair in run.results['versions'].items())})"
+        for run in runs.values()
+    )
+    example = [
+        "python",
+        *command_of(next(iter(runs)), argparse.Namespace(**vars(options) | {"runs": Path("runs")}))[1:],
+    ]
     parts = [
         f"# The paper's ablations on {Path(options.checkpoint).name}\n",
-        f"{len(runs)} runs on {device} ({versions}), written by\n",
+        f"{len(runs)} runs on {'; '.join(machines)}, written by\n",
         f"```bash\n{shlex.join(['python', 'benchmarks/tables.py', *options.given])}\n```\n",
+        f"Each is one `fit`, the first of them\n\n```bash\n{shlex.join(example)}\n```\n",
         "Perplexity of the quantized model; ± is half the range over seeds. A method without `prompt` or `BiSup` in "
         "its name quantizes the first token like any other, as the paper's baselines do.\n",
     ]
@@ -192,6 +263,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--jobs", type=int, default=1, help="Fits at a time.")
     parser.add_argument("--runs", type=Path, default=Path("runs/tables"), help="Where the runs go.")
+    parser.add_argument("--archive", type=Path, help="File (.tar.gz) with the runs' figures, read first and written.")
+    parser.add_argument("--minutes", type=float, help="Begin no run after these.")
     parser.add_argument("--page", type=Path, default=Path("docs/results.md"), help="The page to write.")
     options, more = parser.parse_known_args(arguments)
     if unknown := set(options.tables) - set(TABLES):
@@ -205,18 +278,29 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str]) -> int:
     """Run what is missing and write the page."""
     options = parse(arguments)
-    options.runs.mkdir(parents=True, exist_ok=True)
+    for folder in (options.runs, options.page.parent, *([options.archive.parent] if options.archive else [])):
+        folder.mkdir(parents=True, exist_ok=True)
     cells_by_table = {table: cells_of(table, options) for table in TABLES if table in options.tables}
-    timed = dict.fromkeys(cells_by_table.get("A14", []))
-    rest = dict.fromkeys(cell for cells in cells_by_table.values() for cell in cells if cell not in timed)
-    print(f"{len(timed) + len(rest)} runs", flush=True)
-    failed = run_all(list(timed), options, jobs=1) + run_all(list(rest), options, options.jobs)
-    if len(failed) == len(timed) + len(rest):
-        print("no run finished", file=sys.stderr)
-        return 1
-    options.page.parent.mkdir(parents=True, exist_ok=True)
-    options.page.write_text(page_of(cells_by_table, options), encoding="utf-8")
-    print(f"page: {options.page}")
+    try:
+        if options.archive and options.archive.is_file():
+            print(f"{options.archive}: {len(unpack(options.archive, options.runs))} runs taken from it", flush=True)
+        cells = dict.fromkeys(cell for table in cells_by_table.values() for cell in table)
+        missing = [cell for cell in cells if not finished(cell, options)]
+        print(f"{len(cells)} runs, {len(cells) - len(missing)} of them finished before", flush=True)
+        timed = [cell for cell in missing if cell in cells_by_table.get("A14", [])]
+        rest = [cell for cell in missing if cell not in timed]
+        clock = Clock(len(missing), options.minutes)
+        failed = run_all(timed, options, 1, clock) + run_all(rest, options, options.jobs, clock)
+        if not any(finished(cell, options) for cell in cells):
+            raise UserError("no run is finished")
+        if options.archive:
+            pack(options.runs, options.archive)
+            print(f"archive: {options.archive}")
+        options.page.write_text(page_of(cells_by_table, options), encoding="utf-8")
+    except (UserError, OSError, tarfile.TarError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"page: {options.page}; {sum(not finished(cell, options) for cell in cells)} runs are left")
     return 1 if failed else 0
 
 

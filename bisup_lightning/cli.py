@@ -44,6 +44,7 @@ from bisup_lightning.hub.audit import AuditError
 from bisup_lightning.hub.generate import complete
 from bisup_lightning.quant.spec import Precision, QuantSpec
 from bisup_lightning.report.compare import tables_of, write_tables
+from bisup_lightning.report.errors_chart import write_errors
 from bisup_lightning.report.page import REPORT, write_report
 from bisup_lightning.report.run import Run
 from bisup_lightning.report.tables import comparison_table, perplexity_table, text_table, zero_shot_table
@@ -126,11 +127,10 @@ def build_parser() -> LightningArgumentParser:
     report.add_argument("--run_dir", type=Path, required=True, help="A finished run.")
     compare = new_parser("Print finished runs side by side, and in the layout of the paper's tables.")
     compare.add_argument("runs", type=Path, nargs="+", help="Run directories; the first is the baseline.")
-    compare.add_argument("--output", type=Path | None, default=None, help="Where to write the paper's tables.")
+    compare.add_argument("--output", type=Path | None, default=None, help="Where tables and the chart of errors go.")
     merge_runs = new_parser("Assemble runs of `fit --parallel.mode independent --blocks first:end`.")
     merge_runs.add_argument("runs", type=Path, nargs="+", help="Their directories.")
     merge_runs.add_argument("--run_dir", type=Path, required=True, help="Directory of the whole run.")
-    merge_runs.add_argument("--accelerator", type=str, default="auto", help="cpu, cuda or auto.")
     parser.add_argument(
         TRUST, action="append", metavar="MODULE", help="Module whose classes a configuration may name; see README."
     )
@@ -309,7 +309,7 @@ def run(arguments: Sequence[str], signals: Signals) -> int:
         elif ranks.leads:
             console.print(f"blocks {options.blocks}: {options.run_dir}, for `main.py merge`")
     elif command == "merge":
-        job = replace(recorded_job(options.runs[0], options.accelerator, signals), run_dir=options.run_dir)
+        job = replace(recorded_job(options.runs[0], signals), run_dir=options.run_dir)
         print_run(console, options.run_dir, merge(options.runs, job))
     elif command == "test":
         print_scores(console, test(options, signals))
@@ -336,6 +336,10 @@ def run(arguments: Sequence[str], signals: Signals) -> int:
         if options.output is not None:
             write_tables(options.output, tables)
             console.print(f"tables: {options.output}/compare.md, .csv, .tex")
+            chart = write_errors(options.output, list(runs.values()))
+            console.print(
+                f"errors: {chart or 'no chart, as no run is analyzed; run main.py analyze --run_dir RUN first'}"
+            )
     return 0
 
 
@@ -364,11 +368,11 @@ def finished_job(run_dir: Path, accelerator: str, signals: Signals) -> Job:
         UserError: If it is not finished.
     """
     read_results(run_dir)
-    return recorded_job(run_dir, accelerator, signals)
+    return recorded_job(run_dir, signals, accelerator)
 
 
-def recorded_job(run_dir: Path, accelerator: str, signals: Signals) -> Job:
-    """What a run was asked for, to be done by one process.
+def recorded_job(run_dir: Path, signals: Signals, accelerator: str | None = None) -> Job:
+    """What a run was asked for, to be done by one process; on another accelerator if one is named.
 
     Raises:
         UserError: If its configuration can't be read.
@@ -379,7 +383,7 @@ def recorded_job(run_dir: Path, accelerator: str, signals: Signals) -> Job:
     check_file(run_dir / CONFIG)
     config = parser.parse_path(run_dir / CONFIG)
     config.run_dir = run_dir
-    config.trainer.accelerator = accelerator
+    config.trainer.accelerator = accelerator or config.trainer.accelerator
     config.parallel.stages, config.trainer.devices = None, 1
     return make_job(parser, config, signals, Ranks())
 

@@ -429,14 +429,23 @@ def unfinished(make_checkpoint, text_file, tmp_path_factory, finished):
     Interrupt.at = ("on_block_start", 1)
     try:
         with pytest.raises(Interrupted):
-            main([*finished[1], f"--run_dir={run}", with_callback(Interrupt)])
+            main(["--trust_classes_from=tests", *finished[1], f"--run_dir={run}", with_callback(Interrupt)])
     finally:
         Interrupt.at = None
     assert (run / "manifest.json").is_file()
     return run
 
 
-@pytest.mark.parametrize("command", ["test --run_dir={}", "predict --run_dir={} --text=Hello", "compare {}"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "test --run_dir={}",
+        "predict --run_dir={} --text=Hello",
+        "compare {}",
+        "analyze --run_dir={}",
+        "report --run_dir={}",
+    ],
+)
 def test_an_unfinished_run_cannot_be_used(refused, unfinished, tmp_path, command):
     before = traces(unfinished)
     for run in (unfinished, tmp_path / "none"):
@@ -444,6 +453,41 @@ def test_an_unfinished_run_cannot_be_used(refused, unfinished, tmp_path, command
         refused(words, str(run), "fit")
     assert traces(unfinished) == before
     assert not (tmp_path / "none").exists()
+
+
+# --- what is measured -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["run", "checkpoint"])
+def measured(request, finished, checkpoint):
+    """Arguments of a `test` of a run, and of a checkpoint."""
+    run, _ = finished
+    return ["test", "--accelerator=cpu", f"--run_dir={run}" if request.param == "run" else f"--checkpoint={checkpoint}"]
+
+
+def test_an_unknown_task_to_measure_names_the_known(refused, measured):
+    refused([*measured, "--evaluation.zero_shot=[mmlu]"], "evaluation.zero_shot", "mmlu", "arc_easy, boolq", ".jsonl")
+
+
+def test_a_text_to_measure_on_that_is_shorter_than_one_chunk(refused, measured, tmp_path):
+    file = tmp_path / "short.txt"
+    file.write_text("the " * 10)
+    given = [f"--evaluation.perplexity=[{file}]", "--evaluation.seq_len=32"]
+    refused([*measured, *given], "evaluation.perplexity", str(file), "12 tokens", "evaluation.seq_len = 32")
+
+
+def test_a_checkpoint_to_measure_without_a_tokenizer(refused, altered, text_file):
+    for file in altered.glob("tokenizer*"):
+        file.unlink()
+    refused(["test", f"--checkpoint={altered}", f"--evaluation.perplexity=[{text_file}]"], str(altered), "tokenizer")
+
+
+@pytest.mark.parametrize("command", ["test --run_dir={}", "predict --run_dir={} --text=Hello", "analyze --run_dir={}"])
+def test_a_run_whose_model_has_lost_its_tokenizer(refused, finished, tmp_path, command):
+    run = shutil.copytree(finished[0], tmp_path / "run")
+    for file in (run / "model").glob("tokenizer*"):
+        file.unlink()
+    refused([word.format(run) for word in command.split(" ")], str(run), "tokenizer")
 
 
 def test_compare_names_the_run_that_is_not_finished(refused, finished, unfinished):

@@ -32,6 +32,7 @@ from bisup_lightning.calibrate.wavefront import Independent, Wavefront
 from bisup_lightning.data import corpus
 from bisup_lightning.data.share import PeerLost
 from bisup_lightning.evaluate.perplexity import evaluate
+from bisup_lightning.evaluate.zero_shot import fetch_tasks
 from bisup_lightning.hub.load import open_quantized
 from bisup_lightning.hub.save import save_model
 from bisup_lightning.model.blockwise import BlockwiseModel
@@ -79,8 +80,9 @@ def lead(job: Job) -> dict[str, Any] | None:
             store.clear()  # where the run was killed when it had just finished
             return store.results()
 
-        # Before the work, so that a mistake in a text or a model shows at once.
+        # Before the work, so that a mistake in a text, a task or a model shows at once.
         sets = evaluation_sets(job.evaluation, job.data.seq_len, job.seed, plain, tokenizer)
+        fetch_tasks(job.evaluation.zero_shot)
         plain.head()
         tokens_NT = progress.tokens_NT
         if tokens_NT is None:

@@ -4,6 +4,7 @@ import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,29 @@ def check_tasks(tasks: Sequence[str]) -> None:
         _lm_eval()
 
 
+def fetch_tasks(tasks: Sequence[str]) -> list[Any]:
+    """Load the documents of the named tasks, from the hub or its cache; files are passed over.
+
+    Returns:
+        lm-eval's tasks, new ones at each call.
+
+    Raises:
+        UserError: Naming the task whose documents are out of reach.
+    """
+    found = []
+    for task in tasks:
+        if task in TASKS:
+            known = known_to_lm_eval()
+            try:
+                found += known.load([task])["tasks"].values()
+            except Exception as error:  # a library's own for each way in which a network can be missing
+                raise UserError(
+                    f"evaluation.zero_shot: the set of {task} can't be fetched ({error}); "
+                    "give it a network, or name a .jsonl file of such rows"
+                ) from error
+    return found
+
+
 def zero_shot(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -87,12 +111,11 @@ def zero_shot(
     with tempfile.TemporaryDirectory() as folder:
         for name, path in files.items():  # lm-eval reads YAML, of which JSON is a part
             Path(folder, f"{name}.yaml").write_text(json.dumps(_task(name, path)), encoding="utf-8")
-        named = [task for task in tasks if task in TASKS]
         results = lm_eval.simple_evaluate(
             model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
-            tasks=[*named, *files],
+            tasks=[*fetch_tasks(tasks), *files],
             limit=limit,
-            task_manager=TaskManager(include_path=folder, include_defaults=bool(named)),
+            task_manager=TaskManager(include_path=folder, include_defaults=False),
             log_samples=False,
             bootstrap_iters=100,  # for a perplexity alone: the error of an accuracy has a formula
         )
@@ -150,6 +173,15 @@ def _kind(path: Path) -> str:
 
 def _name(task: str) -> str:
     return task if task in TASKS else Path(task).stem
+
+
+@cache
+def known_to_lm_eval() -> Any:
+    """lm-eval's list of its own tasks: read once, as it is made of thousands of files."""
+    _lm_eval()
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
 
 
 def _lm_eval() -> Any:

@@ -16,6 +16,7 @@ from bisup_lightning.report.run import Run
 BLACK, ORANGE, BLUE, GREEN, VERMILLION, PURPLE = "#000000", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#CC79A7"
 GREY = "#666666"
 SERIES = ((BLUE, "o"), (VERMILLION, "s"), (GREEN, "^"), (PURPLE, "D"), (ORANGE, "v"), (BLACK, "x"))  # Okabe and Ito
+PHASES = (("#BDBDBD", ""), (ORANGE, "///"), (GREEN, ""), (BLUE, "\\\\\\"), (PURPLE, "..."), (BLACK, ""))  # of a block
 SEQUENCE = colormaps["cividis"]  # for what has an order
 STYLE: Any = {
     "svg.fonttype": "none",
@@ -36,7 +37,7 @@ STYLE: Any = {
 WIDE, HALF = 8.8, 4.3  # inches
 
 
-def _svg(name: str, figure: Figure) -> str:
+def as_svg(name: str, figure: Figure) -> str:
     """The figure as an SVG element whose ids are its own, so that several can stand on one page."""
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
@@ -65,12 +66,12 @@ def _short(value: float, _: object = None) -> str:
     return f"{value:.0f}" if 10 <= value < 1e5 else f"{value:.3g}"
 
 
-def _plain_log(axes: Axes) -> None:
+def plain_log(axes: Axes) -> None:
     """A logarithmic y axis whose ticks are plain numbers, even within one decade."""
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    steps = (1, 2, 5) if math.log10(high / low) < 3 else (1,)
+    steps = (1, 1.5, 2, 3, 5, 7) if high < 8 * low else (1, 2, 5) if high < 1000 * low else (1,)
     axes.yaxis.set_major_locator(FixedLocator([step * 10.0**decade for decade in decades for step in steps]))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(_short))
@@ -94,7 +95,7 @@ def perplexity(run: Run) -> str:
     axes.grid(visible=False, axis="y")
     axes.margins(x=0.1)
     figure.legend(loc="outside upper left", ncols=3)
-    return _svg("perplexity", figure)
+    return as_svg("perplexity", figure)
 
 
 def block_loss(run: Run) -> str:
@@ -112,10 +113,10 @@ def block_loss(run: Run) -> str:
     if any(kept):
         same = [(place, loss) for place, loss, is_kept in zip(x, after, kept, strict=True) if is_kept]
         axes.plot(*zip(*same, strict=True), "X", color=VERMILLION, markersize=7, label="kept its start")
-    _plain_log(axes)
+    plain_log(axes)
     _blocks_on_x(axes, len(blocks))
     axes.legend(loc="best")
-    return _svg("block-loss", figure)
+    return as_svg("block-loss", figure)
 
 
 def error_propagation(run: Run) -> str:
@@ -130,7 +131,7 @@ def error_propagation(run: Run) -> str:
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
     axes.legend(loc="best")
-    return _svg("error-propagation", figure)
+    return as_svg("error-propagation", figure)
 
 
 def loss_curves(run: Run) -> str:
@@ -145,23 +146,30 @@ def loss_curves(run: Run) -> str:
     axes.axhline(1, color=GREY, linestyle=":", linewidth=1)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(loc="best", title="dark: early, light: late")
-    return _svg("loss-curves", figure)
+    return as_svg("loss-curves", figure)
 
 
 def time_line(run: Run) -> str:
-    """When each block was at work, in seconds, minutes or hours since the first began."""
+    """Seconds, minutes or hours of every block by part of the work, each with its share of the whole in the legend."""
     blocks = run.results["blocks"]
     total = sum(block["seconds"] for block in blocks)
-    unit, scale = ("s", 1) if total < 300 else ("min", 60) if total < 18_000 else ("h", 3600)
-    figure, axes = _axes(HALF, 3, xlabel=f"time since the first block ({unit})", ylabel="block")
-    begun = 0.0
-    for block in blocks:
-        axes.barh(block["index"] + 1, block["seconds"] / scale, left=begun / scale, color=BLUE, height=0.7)
-        begun += block["seconds"]
+    longest = max(block["seconds"] for block in blocks)
+    unit, scale = ("s", 1) if longest < 300 else ("min", 60) if longest < 18_000 else ("h", 3600)
+    figure, axes = _axes(HALF, 3, xlabel=f"time ({unit})", ylabel="block")
+    rows = [block["index"] + 1 for block in blocks]
+    left = [0.0] * len(blocks)
+    phases = [block.get("phases", {"in all": block["seconds"]}) for block in blocks]  # runs of old have no parts
+    for place, phase in enumerate(phases[0]):
+        values = [seconds[phase] / scale for seconds in phases]
+        colour, hatch = PHASES[place % len(PHASES)]
+        label = f"{phase} {100 * scale * sum(values) / total:.0f} %"
+        axes.barh(rows, values, 0.75, left, label=label, color=colour, hatch=hatch, edgecolor="white", linewidth=0.4)
+        left = [start + value for start, value in zip(left, values, strict=True)]
     axes.set_ylim(len(blocks) + 0.7, 0.3)
     axes.yaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
     axes.grid(visible=False, axis="y")
-    return _svg("time-line", figure)
+    figure.legend(loc="outside upper center", ncols=3, fontsize=8.5, columnspacing=1.2, handlelength=1.6)
+    return as_svg("time-line", figure)
 
 
 def by_position(name: str, figures: Mapping[str, Any]) -> str:
@@ -173,15 +181,15 @@ def by_position(name: str, figures: Mapping[str, Any]) -> str:
         "no_prompt": ("no prompt", BLUE, "-"),
     }
     for key, values in figures["by_position"].items():
-        x, y = _binned(values)
+        x, y = binned(values)
         label, colour, line = styles[key]
         axes.plot(x, y, line, color=colour, label=label)
     axes.set_ylim(bottom=0)
     axes.legend(loc="best", title=name)
-    return _svg("by-position", figure)
+    return as_svg("by-position", figure)
 
 
-def _binned(values: Sequence[float], bins: int = 64) -> tuple[list[float], list[float]]:
+def binned(values: Sequence[float], bins: int = 64) -> tuple[list[float], list[float]]:
     """Means over neighbouring positions, at most `bins`, with the middle of each."""
     width = -(-len(values) // bins)
     parts = [values[start : start + width] for start in range(0, len(values), width)]
@@ -207,7 +215,7 @@ def attention_maps(maps: Mapping[str, Any]) -> str:
     bar = figure.colorbar(image, ax=grid, shrink=0.8, ticks=[tick**0.5 for tick in ticks])
     bar.ax.set_yticklabels([str(tick) for tick in ticks])
     bar.set_label("attention weight (root scale)")
-    return _svg("attention", figure)
+    return as_svg("attention", figure)
 
 
 def theta(run: Run) -> str:
@@ -233,7 +241,7 @@ def theta(run: Run) -> str:
         axes.set_xlabel("block")
         if place == 1:
             axes.legend(loc="best", fontsize=8)
-    return _svg("theta", figure)
+    return as_svg("theta", figure)
 
 
 def all_of(run: Run) -> dict[str, str]:

@@ -1,10 +1,12 @@
 """The grid of the paper's ablations: what is run, what is skipped, and how a trend is decided."""
 
-import json
+import tarfile
+from pathlib import Path
 
 import pytest
 
-from benchmarks.tables import Cell, cells_of, command_of, main, page_of, parse
+from benchmarks.archive import unpack
+from benchmarks.tables import Cell, Clock, cells_of, command_of, main, page_of, parse
 from benchmarks.trends import trends_of
 from bisup_lightning.cli import build_parser
 from tests.report.runs import results_of, write_run
@@ -67,17 +69,127 @@ def test_finished_runs_are_not_run_again_and_make_the_page(options, monkeypatch,
     assert page == page_of({"A13": cells_of("A13", options)}, parse([*options.given, *table]))
 
 
-def test_a_failed_run_is_named_and_the_rest_makes_the_page(options, monkeypatch, capsys):
+@pytest.fixture
+def fits(monkeypatch):
+    """Stands in for `fit`: the names of the cells that were run; one of rank 16 fails."""
+    names = []
+
     def fit(command, **settings):
-        (folder,) = [word.partition("=")[2] for word in command if word.startswith("--run_dir=")]
-        if "-16-" not in folder:
-            write_run(type(options.runs)(folder), json.loads(json.dumps(results_of())))
-        return type("Done", (), {"returncode": int("-16-" in folder)})
+        (folder,) = (Path(word.partition("=")[2]) for word in command if word.startswith("--run_dir="))
+        names.append(folder.name)
+        settings["stderr"].write("working\nerror: no such key\n")
+        if "-16-" not in folder.name:
+            rank = int(folder.name.split("-")[-2])
+            write_run(folder, results_of({"transform.class_path": "x.QuaRot", "solver.init_args.theta.rank": rank}))
+        return type("Done", (), {"returncode": int("-16-" in folder.name)})
 
     monkeypatch.setattr("subprocess.run", fit)
+    return names
+
+
+def test_a_failed_run_is_named_and_the_rest_makes_the_page(options, fits, capsys):
     assert main([*options.given, "--tables=A13"]) == 1
-    assert "bisup-128-5-16-seed0: FAILED" in capsys.readouterr().out
-    assert options.page.is_file()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "3 runs, 0 of them finished before"
+    assert [line.split()[0] for line in lines[1:4]] == ["[1/3]", "[2/3]", "[3/3]"]
+    (failure,) = [line for line in lines if "FAILED" in line]
+    assert "bisup-128-5-16-seed0: FAILED, saying: error: no such key; " in failure
+    assert lines[-1].endswith("; 1 runs are left")
+    page = options.page.read_text(encoding="utf-8")
+    assert "2 runs on an abacus (torch 2.13.0, python 3.11.7)" in page
+    assert "python benchmarks/tables.py --checkpoint=model" in page
+    assert "python main.py fit --config=configs/base.yaml" in page
+    assert "--run_dir=runs/w4a4-g128-quarot-bisup-128-5-32-seed0" in page
+
+
+def test_what_fails_for_ever_is_an_error(options, fits, capsys):
+    assert main([*options.given, "--tables=A13", "--ranks=16"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "error: no run is finished"
+    assert not options.page.exists()
+
+
+# --- from machine to machine ------------------------------------------------------------------------------------------
+
+
+def test_an_archive_carries_figures_and_the_next_call_runs_the_rest(options, fits, tmp_path, capsys):
+    """A second machine with nothing but the archive runs what is missing, and its page shows the figures of both."""
+    archive = f"--archive={tmp_path / 'out' / 'tables.tar.gz'}"
+    assert main([*options.given, "--tables=A13", "--ranks=32", archive]) == 0
+    (first,) = fits
+    (options.runs / first / "model.safetensors").write_bytes(bytes(1000))
+    second = [*options.given, "--tables=A13", "--ranks=32,64", archive, f"--runs={tmp_path / 'elsewhere'}"]
+    capsys.readouterr()
+    assert main(second) == 0
+    assert fits == [first, first.replace("-32-", "-64-")]
+    assert "1 runs taken from it" in capsys.readouterr().out
+    for path in ("results.json", "config.yaml", "logs/00000/metrics.csv"):
+        assert (tmp_path / "elsewhere" / first / path).read_bytes() == (options.runs / first / path).read_bytes()
+    assert not (tmp_path / "elsewhere" / first / "model.safetensors").exists()
+    assert "Atom_BiSup" not in (page := options.page.read_text(encoding="utf-8"))
+    assert "QuaRot_BiSup, R = 32" in page
+    assert "QuaRot_BiSup, R = 64" in page
+    both = tmp_path / "third"
+    assert unpack(tmp_path / "out" / "tables.tar.gz", both) == sorted(fits)
+
+
+def test_the_archive_is_there_as_soon_as_a_cell_is(options, fits, tmp_path, monkeypatch):
+    """Whoever is killed before the end has what was finished."""
+    archive, held = tmp_path / "tables.tar.gz", []
+
+    class Watched(Clock):
+        def tick(self, line):
+            held.append(len(unpack(archive, tmp_path / str(len(held)))) if archive.exists() else 0)
+            super().tick(line)
+
+    monkeypatch.setattr("benchmarks.tables.Clock", Watched)
+    main([*options.given, "--tables=A13", "--ranks=32,64,128", f"--archive={archive}"])
+    assert held[0] == 0
+    assert all(count >= done for done, count in enumerate(held))  # more where the next cell was quick
+    assert len(held) == 3
+
+
+def test_a_finished_run_is_not_overwritten_by_an_archive(options, fits, tmp_path):
+    archive = tmp_path / "tables.tar.gz"
+    main([*options.given, "--tables=A13", "--ranks=32", f"--archive={archive}"])
+    (run,) = options.runs.glob("*seed0")
+    (run / "results.json").write_text("newer")
+    assert unpack(archive, options.runs) == []
+    assert (run / "results.json").read_text() == "newer"
+
+
+def test_no_run_is_begun_when_time_is_up(options, fits, tmp_path, capsys):
+    write_run(options.runs / "w4a4-g128-quarot-bisup-128-5-32-seed0")
+    assert main([*options.given, "--tables=A13", "--minutes=0"]) == 0
+    assert fits == []
+    assert capsys.readouterr().out.splitlines()[-1] == f"page: {options.page}; 2 runs are left"
+    assert "1 runs on an abacus" in options.page.read_text(encoding="utf-8")
+
+
+def test_a_damaged_archive_is_one_line(options, fits, tmp_path, capsys):
+    (tmp_path / "tables.tar.gz").write_bytes(b"no archive")
+    assert main([*options.given, "--tables=A13", f"--archive={tmp_path / 'tables.tar.gz'}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert fits == []
+
+
+def test_an_archive_that_would_write_elsewhere_is_refused(tmp_path):
+    with tarfile.open(tmp_path / "evil.tar.gz", "w:gz") as tar:
+        tar.add(write_text(tmp_path), "../outside.txt")
+    with pytest.raises(tarfile.TarError):
+        unpack(tmp_path / "evil.tar.gz", tmp_path / "runs")
+    assert not (tmp_path / "outside.txt").exists()
+
+
+def test_runs_of_different_models_make_no_page(options, tmp_path, capsys):
+    for rank, digest in ((32, "a"), (64, "b")):
+        results = results_of({"checkpoint/model.safetensors": digest, "solver.init_args.theta.rank": rank})
+        write_run(options.runs / f"w4a4-g128-quarot-bisup-128-5-{rank}-seed0", results)
+    assert main([*options.given, "--tables=A13", "--minutes=0"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "runs of different models" in line
+    assert not options.page.exists()
 
 
 @pytest.mark.parametrize("words", [["--tables=B7"], ["--no_such", "key"]])

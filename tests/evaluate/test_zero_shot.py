@@ -4,14 +4,16 @@ import json
 import math
 import sys
 
+import datasets
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bisup_lightning import cli
+from bisup_lightning.calibrate.signals import Signals
 from bisup_lightning.cli import main
 from bisup_lightning.errors import UserError
-from bisup_lightning.evaluate.zero_shot import check_tasks, zero_shot
+from bisup_lightning.evaluate.zero_shot import TASKS, check_tasks, fetch_tasks, known_to_lm_eval, zero_shot
 from bisup_lightning.hub.load import load_behind_prompt, load_quantized
 from tests.tools import RTN
 
@@ -174,8 +176,67 @@ def test_a_run_is_scored_and_scored_again(lm_eval, checkpoint, tokenizer, fit, t
     }.items():
         assert scores[key]["value"] == pytest.approx(sum(solved_by_hand(model, tokenizer, rows, True)) / 24)
     options = cli.build_parser().parse_args(["test", f"--run_dir={run}", "--accelerator=cpu"]).test
-    assert cli.test(options) == {"perplexity": results["perplexity"], "zero_shot": results["zero_shot"]}
+    assert cli.test(options, Signals()) == {"perplexity": results["perplexity"], "zero_shot": results["zero_shot"]}
     assert "own" in (run / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Stands in for the hub: `hub(rows)` makes every set hold these rows; `hub(None)` is a cut cable."""
+
+    def install(rows):
+        def load_dataset(path, name=None, **settings):
+            if rows is None:
+                raise ConnectionError(f"Couldn't reach '{path}' on the Hub\n(offline)")
+            return datasets.DatasetDict(
+                dict.fromkeys(("train", "validation", "test"), datasets.Dataset.from_list(rows))
+            )
+
+        monkeypatch.setattr("datasets.load_dataset", load_dataset)
+
+    return install
+
+
+def test_every_name_is_one_of_lm_evals_own(lm_eval):
+    check_tasks(list(TASKS))
+    assert set(TASKS) <= set(known_to_lm_eval().all_tasks)
+
+
+def test_a_task_of_the_hub_is_scored_by_its_own_template(lm_eval, hub, checkpoint, tokenizer):
+    """PIQA asks `Question: … Answer:` and gives two solutions; a file beside it is a task like any other."""
+    rows = [
+        {"goal": row["query"], "sol1": row["choices"][0], "sol2": row["choices"][1], "label": n % 2}
+        for n, row in enumerate(choice_rows(12))
+    ]
+    hub(rows)
+    model = load_behind_prompt(checkpoint, [], torch.float32, CPU)
+    as_asked = [
+        {"query": f"Question: {row['goal']}\nAnswer:", "choices": [row["sol1"], row["sol2"]], "gold": row["label"]}
+        for row in rows
+    ]
+    score = zero_shot(model, tokenizer, ["piqa"], None, 4)["piqa"]
+    assert (score.metric, score.documents) == ("acc_norm", 12)
+    assert score.value == pytest.approx(sum(solved_by_hand(model, tokenizer, as_asked, True)) / 12)
+    assert 0 < score.value < 1
+
+
+def test_a_set_out_of_reach_is_one_line_before_the_work(lm_eval, hub, checkpoint, fit_arguments, tmp_path, capsys):
+    hub(None)
+    given = "--evaluation.zero_shot=[boolq]"
+    for command in (
+        fit_arguments(checkpoint, tmp_path / "run", RTN, given),
+        ["test", f"--checkpoint={checkpoint}", given, "--accelerator=cpu"],
+    ):
+        assert main(command) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        for word in ("evaluation.zero_shot", "boolq", "can't be fetched", "Couldn't reach", ".jsonl"):
+            assert word in line
+    assert not (tmp_path / "run" / "blocks").exists()
+
+
+def test_files_need_no_hub(lm_eval, hub):
+    hub(None)
+    assert fetch_tasks(["rows.jsonl"]) == []
 
 
 @pytest.mark.parametrize(

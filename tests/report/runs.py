@@ -25,9 +25,9 @@ def results_of(settings=None, **changes):
     """The content of a results.json: two blocks, of which the second kept its start."""
     blocks = [
         {"index": 0, "loss_initial": 0.5, "loss_final": 0.25, "mse": 0.25, "relative_mse": 0.0125, "kept_start": False,
-         "seconds": 100.0},
+         "seconds": 100.0, "phases": {"read": 1.0, "full precision": 4.0, "solve": 95.0}},
         {"index": 1, "loss_initial": 2.0, "loss_final": 2.0, "mse": 2.0, "relative_mse": 0.03125, "kept_start": True,
-         "seconds": 25.0},
+         "seconds": 25.0, "phases": {"read": 0.25, "full precision": 4.75, "solve": 20.0}},
     ]  # fmt: skip
     results = {
         "checkpoint": "models/<tiny>",

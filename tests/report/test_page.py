@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import pytest
 from matplotlib import image
@@ -107,7 +108,7 @@ def test_figures_are_those_that_the_run_has_data_for(folder, page):
 
 def test_axes_have_names_and_units_and_the_kept_block_a_mark(folder):
     figures = charts.all_of(Run.read(folder))
-    assert "time since the first block (s)" in figures["time_line"]
+    assert "time (s)" in figures["time_line"]
     assert "mean square error (log scale)" in figures["block_loss"]
     assert "kept its start" in figures["block_loss"]
     for name in ("block_loss", "error_propagation", "time_line"):
@@ -115,6 +116,46 @@ def test_axes_have_names_and_units_and_the_kept_block_a_mark(folder):
     blocks = [block | {"kept_start": False} for block in results_of()["blocks"]]
     moved = Run(folder, results_of(blocks=blocks))
     assert "kept its start" not in charts.all_of(moved)["block_loss"]
+
+
+def bars(svg):
+    """Left end and width of the filled rectangles within the axes, in the picture's units, in the order of drawing."""
+    found = []
+    for path, style in re.findall(r'<path d="([^"]+)" clip-path="[^"]+" style="(fill[^"]+)"', svg):
+        if "fill: none" not in style:
+            corners = [float(x) for x, _ in re.findall(r"[ML] ([\d.]+) ([\d.]+)", path)]
+            found.append((min(corners), max(corners) - min(corners)))
+    return found
+
+
+def test_the_time_of_a_block_is_divided_among_its_phases(folder):
+    """One bar for each block, as long as its parts, which follow each other without a gap; shares are of the whole."""
+    svg = charts.all_of(Run.read(folder))["time_line"]
+    for label in ("read 1 %", "full precision 7 %", "solve 92 %"):
+        assert f">{label}</text>" in svg
+    read, precise, solve = (bars(svg)[place : place + 2] for place in (0, 2, 4))
+    second = read[0][1]  # the first block was read in one second
+    assert [width / second for _, width in precise] == pytest.approx([4, 4.75], rel=0.01)
+    assert [width / second for _, width in solve] == pytest.approx([95, 20], rel=0.01)
+    for block in range(2):
+        for (start, width), (follower, _) in pairwise(part[block] for part in (read, precise, solve)):
+            assert start + width == pytest.approx(follower, abs=0.01)
+
+
+def test_the_parts_of_a_block_are_told_apart_without_colour():
+    """Neighbours differ in their pattern, or in brightness by a quarter of its range."""
+
+    def brightness(colour):
+        red, green, blue = (int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5))
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+    for (colour, hatch), (other, other_hatch) in pairwise(charts.PHASES):
+        assert hatch != other_hatch or abs(brightness(colour) - brightness(other)) > 0.25
+
+
+def test_a_run_without_phases_has_its_time_in_one_piece(folder):
+    blocks = [{key: value for key, value in block.items() if key != "phases"} for block in results_of()["blocks"]]
+    assert ">in all 100 %</text>" in charts.all_of(Run(folder, results_of(blocks=blocks)))["time_line"]
 
 
 def test_the_same_run_gives_the_same_page(folder):
