@@ -20,6 +20,7 @@ from rich.console import Console
 
 from bisup_lightning.calibrate.analysis import analyze_run
 from bisup_lightning.calibrate.checkpoint_io import WholeFileIO
+from bisup_lightning.calibrate.driver import Memory
 from bisup_lightning.calibrate.events import WalkCallback
 from bisup_lightning.calibrate.fit import fit
 from bisup_lightning.calibrate.job import Compile, Job
@@ -30,6 +31,7 @@ from bisup_lightning.calibrate.solvers import Solver
 from bisup_lightning.configuration import TRUST, check_file, flatten, new_parser, one_line, root_message, trust
 from bisup_lightning.data.corpus import CalibrationData
 from bisup_lightning.data.prompt import Prompt
+from bisup_lightning.data.streams import Streams
 from bisup_lightning.errors import UserError
 from bisup_lightning.evaluate.perplexity import Evaluation
 from bisup_lightning.hub.audit import AuditError
@@ -46,7 +48,7 @@ TRAINER_SETTINGS = {
     "accelerator", "devices", "logger", "callbacks", "gradient_clip_val", "deterministic", "detect_anomaly", "profiler",
 }  # fmt: skip
 HARMLESS = (
-    "config", "run_dir", "checkpoint", "resume", "trainer.logger", "trainer.callbacks", "trainer.profiler",
+    "config", "run_dir", "checkpoint", "resume", "streams", "trainer.logger", "trainer.callbacks", "trainer.profiler",
     "trainer.devices",
 )  # fmt: skip
 
@@ -70,6 +72,20 @@ def fit_parser() -> LightningArgumentParser:
         default="never",
         help="Compile the blocks on a GPU (an experiment, see README): never; always; auto: if the model is so large "
         "that it pays.",
+    )
+    parser.add_argument(
+        "--memory",
+        type=Memory,
+        default="auto",
+        help="auto: as fast as the device's memory allows; low: one sequence at a time, activations computed anew for "
+        "the gradients, streams off the device.",
+    )
+    parser.add_argument(
+        "--streams",
+        type=Streams,
+        default="auto",
+        help="Where the hidden states of the calibration text live: device; host; file, mapped, in run_dir; auto: the "
+        "first of these that has room.",
     )
     parser.add_argument("--seed", type=int, default=0, help="Seed of all that is drawn.")
     parser.add_class_arguments(Precision, "precision", help="What is quantized, and how finely.")
@@ -219,6 +235,8 @@ def make_job(parser: LightningArgumentParser, config: Namespace, signals: Signal
         config_yaml=parser.dump(config, skip_none=False),
         resume=config.resume,
         compile=config.compile,
+        memory=config.memory,
+        streams=config.streams,
         signals=signals,
     )
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bisup_lightning.model.block import is_clip, theta_parameters
-from bisup_lightning.model.blockwise import Positions, run_layer
+from bisup_lightning.model.blockwise import Positions, run_layer, run_layer_in_halves
 from bisup_lightning.model.kv import BlockKV
 from bisup_lightning.quant.compiled import compiled_on_gpu
 
@@ -55,6 +55,11 @@ def block_loss(layer: nn.Module, x_BTD: Tensor, target_BTD: Tensor, positions: P
     return F.mse_loss(run_layer(layer, x_BTD, positions, kv).float(), target_BTD.float())
 
 
+def frugal_block_loss(layer: nn.Module, x_BTD: Tensor, target_BTD: Tensor, positions: Positions, kv: BlockKV) -> Tensor:
+    """The same loss; its gradients take a second forward pass instead of memory for all that the first one made."""
+    return F.mse_loss(run_layer_in_halves(layer, x_BTD, positions, kv).float(), target_BTD.float())
+
+
 class BlockCalibration(LightningModule):
     """Moves a quantized block's output on x_q towards the full-precision block's output on x_fp (eq. 8).
 
@@ -67,6 +72,7 @@ class BlockCalibration(LightningModule):
             checkpoint could tell it where to go on.
         attempt: Which try this is: a first one, or one at a tenth of every learning rate after that diverged.
         micro_batch: Sequences to compute at a time; gradients add up over a batch. None for the whole batch.
+        frugal: Whether to save memory at the cost of a second forward pass.
     """
 
     def __init__(
@@ -78,12 +84,14 @@ class BlockCalibration(LightningModule):
         steps: int,
         attempt: int = 0,
         micro_batch: int | None = None,
+        frugal: bool = False,
     ) -> None:
         super().__init__()
         self.layer = layer
         self.positions, self.kv = positions, kv
         self.optimization, self.steps = optimization, steps
         self.attempt, self.micro_batch = attempt, micro_batch
+        self.loss = frugal_block_loss if frugal else block_loss
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Mean square error in float32 of one batch (x_q, target), [B, T, D] each, or of its last micro-batch.
@@ -95,7 +103,7 @@ class BlockCalibration(LightningModule):
         parts = list(zip(x_BTD.split(size), target_BTD.split(size), strict=True))
         loss, total = x_BTD.new_zeros(()), x_BTD.new_zeros((), dtype=torch.float32)
         for place, (x_bTD, target_bTD) in enumerate(parts):
-            loss = block_loss(self.layer, x_bTD, target_bTD, self.positions, self.kv) * (len(x_bTD) / len(x_BTD))
+            loss = self.loss(self.layer, x_bTD, target_bTD, self.positions, self.kv) * (len(x_bTD) / len(x_BTD))
             total = total + loss.detach()
             if place < len(parts) - 1:
                 loss.backward()

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, Trainer
@@ -16,6 +16,7 @@ from bisup_lightning.calibrate.run_store import Partial, Progress, RunStore
 from bisup_lightning.calibrate.signals import Signals
 from bisup_lightning.calibrate.solvers import Block, Solver
 from bisup_lightning.data.layer_inputs import LayerInputs
+from bisup_lightning.data.streams import Home, Streams, choose_place
 from bisup_lightning.errors import UserError
 from bisup_lightning.model.block import fuse_layer, hold_dense, stored_tensors
 from bisup_lightning.model.blockwise import PROMPT, BlockwiseModel, Positions, run_layer_fast
@@ -25,6 +26,7 @@ from bisup_lightning.model.statistics import InputStatistics
 from bisup_lightning.quant.spec import Scheme
 from bisup_lightning.transform.transform import Transform
 
+Memory = Literal["auto", "low"]
 MakeTrainer = Callable[[int, int], Trainer]
 
 
@@ -100,6 +102,9 @@ class BlockWalk:
         callbacks: What else happens, and when.
         make_trainer: Makes a fresh Trainer from a block's index and a number of epochs.
         signals: What may ask the walk to end.
+        memory: `low` computes one sequence at a time, keeps of a forward pass only what half a block needs for its
+            gradients, and keeps the streams off the device.
+        streams: Where the streams live.
     """
 
     def __init__(
@@ -115,12 +120,15 @@ class BlockWalk:
         callbacks: Sequence[Callback],
         make_trainer: MakeTrainer,
         signals: Signals,
+        memory: Memory = "auto",
+        streams: Streams = "auto",
     ) -> None:
         self.model, self.transform, self.scheme = model, transform, scheme
         self.solver, self.store = solver, store
         self.batch_size, self.seed = batch_size, seed
         self.prompt_ids = list(prompt_ids)
         self.callbacks, self.make_trainer, self.signals = callbacks, make_trainer, signals
+        self.memory, self.streams = memory, streams
         self.partial: Partial | None = None
         self.reader = BlockReader(model)
         self.kv_quantizer = KVQuantizer.of(scheme).prepare(model.family.head_dim, model.device)
@@ -135,10 +143,16 @@ class BlockWalk:
 
     def begin(self, tokens_NT: Tensor) -> None:
         """Stand before the first block: both streams are the embedded tokens."""
-        x_NTD = self.model.embed(tokens_NT)
-        if not x_NTD.isfinite().all():
+        shape, dtype = torch.Size([*tokens_NT.shape, self.model.family.hidden_size]), self.model.dtype
+        home = self.home(shape, dtype)
+        on_device = home.place == "device"  # where nothing is embedded
+        x_NTD = self.model.embed(tokens_NT, None if on_device else home.empty(shape, dtype))
+        if not all(x_TD.isfinite().all() for x_TD in x_NTD):
             raise UserError("checkpoint: the embedding of the calibration text is not finite")
-        self._stand(0, x_NTD, None, self.model.embed(torch.tensor([self.prompt_ids]).long()))
+        if on_device:
+            x_NTD = x_NTD.to(self.model.device)
+        prompt_1PD = self.model.embed(torch.tensor([self.prompt_ids]).long())
+        self._stand(0, x_NTD, home.copy(x_NTD), prompt_1PD, home)
 
     def resume(self, tokens_NT: Tensor, progress: Progress) -> None:
         """Stand behind the last finished block, where an interrupted run stopped.
@@ -150,21 +164,28 @@ class BlockWalk:
             self.begin(tokens_NT)
         else:
             streams = progress.streams
-            self._stand(progress.streams_at, streams["x_fp"], streams["x_q"], streams["prompt"])
+            home = self.home(streams["x_fp"].shape, streams["x_fp"].dtype)
+            x_fp, x_q = home.hold(streams["x_fp"]), home.hold(streams["x_q"])
+            self._stand(progress.streams_at, x_fp, x_q, streams["prompt"], home)
         for metrics in progress.metrics[self.next_block :]:
             self.inputs.micro_batch = min(self.inputs.micro_batch, metrics["micro_batch"])
             self._replay(self.next_block)
             self.next_block += 1
         self.partial = progress.partial
 
-    def _stand(self, next_block: int, x_fp: Tensor, x_q: Tensor | None, prompt_1PD: Tensor) -> None:
-        """Stand before a block, with the streams [N, T, D] and the prompt's hidden states [1, P, D] there."""
-        # The streams live where blocks compute if all three copies of a step fit with room to spare, else on the host.
-        room = torch.cuda.mem_get_info(self.model.device)[0] if self.model.device.type == "cuda" else 0
-        home = self.model.device if 6 * x_fp.nbytes < room else torch.device("cpu")
-        x_fp = x_fp.to(home)
-        x_q = x_fp.clone() if x_q is None else x_q.to(home)
-        self.inputs = LayerInputs(x_fp, x_q, self.model.device, self.batch_size)
+    def home(self, shape: torch.Size, dtype: torch.dtype) -> Home:
+        """Where streams of that shape [N, T, D] live."""
+        wanted = self.streams
+        if wanted == "auto" and self.memory == "low":
+            wanted = "host"
+        place = choose_place(wanted, shape.numel() * dtype.itemsize, self.model.device)
+        return Home(place, self.model.device, self.store.run_dir)
+
+    def _stand(self, next_block: int, x_fp: Tensor, x_q: Tensor, prompt_1PD: Tensor, home: Home) -> None:
+        """Stand before a block, with the streams [N, T, D] at home and the prompt's hidden states [1, P, D] there."""
+        self.inputs = LayerInputs(x_fp, x_q, self.model.device, self.batch_size, home.empty_like)
+        if self.memory == "low":
+            self.inputs.micro_batch = 1
         self.prompt_1PD, self.next_block = prompt_1PD, next_block
 
     def _replay(self, index: int) -> None:
@@ -221,6 +242,7 @@ class BlockWalk:
             seed=1_000_003 * self.seed + 1009 * index,
             make_trainer=lambda epochs: self.make_trainer(index, epochs),
             partial=self.partial if self.partial is not None and self.partial.index == index else None,
+            frugal=self.memory == "low",
         )
         start = hold_dense(fuse_layer(block.start()), self.model.dtype)
         self.loss_initial = self.inputs.loss_q(block.run(start))
@@ -230,6 +252,7 @@ class BlockWalk:
         outputs, loss = self.inputs.outputs_q(block.run(layer))
         if not loss < self.loss_initial and layer is not start:  # not less is NaN, too
             layer = start
+            del outputs  # or there would be a fourth copy
             outputs, loss = self.inputs.outputs_q(block.run(layer))
         self.inputs.advance_q(outputs)
         clock.lap("advance")

@@ -123,6 +123,8 @@ def walk(
         callbacks=job.callbacks,
         make_trainer=job.make_trainer,
         signals=job.signals,
+        memory=job.memory,
+        streams=job.streams,
     )
     block_walk.prepare()
     block_walk.resume(tokens_NT, progress)

@@ -46,6 +46,7 @@ class Block:
         seed: Seed of all that is drawn for this block.
         make_trainer: Makes a fresh Trainer for a number of epochs.
         partial: Where an interrupted training of this block stopped, if it was saved.
+        frugal: Whether training saves memory at the cost of a second forward pass.
     """
 
     index: int
@@ -62,6 +63,7 @@ class Block:
     seed: int
     make_trainer: Callable[[int], Trainer]
     partial: Partial | None = None
+    frugal: bool = False
     quantized: nn.Module | None = None  # what `start` gives copies of
 
     def start(self) -> nn.Module:
@@ -148,7 +150,9 @@ class BiSup(Solver):
             micro_batch = min(block.batch_size, block.inputs.micro_batch)
             batches = BlockDataModule(block.inputs, block.batch_size, block.seed)
             steps = self.epochs * len(batches.batches)
-            module = BlockCalibration(layer, block.positions, block.kv, self.optimization, steps, attempt, micro_batch)
+            module = BlockCalibration(
+                layer, block.positions, block.kv, self.optimization, steps, attempt, micro_batch, block.frugal
+            )
             trainer = block.make_trainer(self.epochs)
             try:
                 trainer.fit(module, batches, ckpt_path=saved, weights_only=True)

@@ -7,6 +7,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from bisup_lightning.data.layer_inputs import LayerInputs
+from bisup_lightning.data.streams import moved, pick
 
 
 class BlockBatches:
@@ -32,9 +33,12 @@ class BlockBatches:
             self.epoch, self.position = self.epoch + 1, 0
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         order = torch.randperm(self.inputs.q.shape[0], generator=generator)
-        for indices in order.to(self.inputs.q.device).split(self.batch_size)[self.position :]:
+        left = order.to(self.inputs.q.device).split(self.batch_size)[self.position :]
+        device, streams = self.inputs.device, (self.inputs.q, self.inputs.fp)
+        batches = (tuple(pick(stream, indices, device) for stream in streams) for indices in left)
+        for x_BTD, target_BTD in moved(batches, device):
             self.position += 1
-            yield self.inputs.q[indices], self.inputs.fp[indices]
+            yield x_BTD, target_BTD
 
     def state_dict(self) -> dict[str, int]:
         """Where the next batch stands."""
