@@ -21,6 +21,7 @@ from rich.console import Console
 from bisup_lightning.calibrate.analysis import analyze_run
 from bisup_lightning.calibrate.checkpoint_io import WholeFileIO
 from bisup_lightning.calibrate.driver import Memory
+from bisup_lightning.calibrate.dry_run import dry_run
 from bisup_lightning.calibrate.events import WalkCallback
 from bisup_lightning.calibrate.fit import fit
 from bisup_lightning.calibrate.job import Compile, Job
@@ -48,8 +49,8 @@ TRAINER_SETTINGS = {
     "accelerator", "devices", "logger", "callbacks", "gradient_clip_val", "deterministic", "detect_anomaly", "profiler",
 }  # fmt: skip
 HARMLESS = (
-    "config", "run_dir", "checkpoint", "resume", "streams", "trainer.logger", "trainer.callbacks", "trainer.profiler",
-    "trainer.devices",
+    "config", "run_dir", "checkpoint", "resume", "dry_run", "streams", "trainer.logger", "trainer.callbacks",
+    "trainer.profiler", "trainer.devices",
 )  # fmt: skip
 
 
@@ -65,6 +66,11 @@ def fit_parser() -> LightningArgumentParser:
         type=Resume,
         default="auto",
         help="auto: go on with what run_dir holds, or begin; never: run_dir must be new; must: it must hold a run.",
+    )
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="Measure one block on a few sequences, print the time, memory and disk that the run would take, and end.",
     )
     parser.add_argument(
         "--compile",
@@ -254,6 +260,9 @@ def run(arguments: Sequence[str], signals: Signals) -> None:
     command, options = config.subcommand, config[config.subcommand]
     if command == "fit":
         job = make_job(fit_parser(), options, signals)
+        if options.dry_run:
+            console.print(text_table("Dry run", ("", "expected", "free"), dry_run(job).rows()))
+            return
         results = fit(job)
         print_scores(console, results)
         console.print(f"model: {options.run_dir / 'model'}")
