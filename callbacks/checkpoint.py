@@ -46,16 +46,16 @@ class BlockCheckpoint(WalkCallback):
         if not due or trainer.is_last_batch:
             return
         assert isinstance(pl_module, BlockCalibration)
-        self.walk.store.save_partial(self.index, pl_module.attempt, trainer.global_step, trainer.save_checkpoint)
+        self.walk.writer.save_partial(self.index, pl_module.attempt, trainer.global_step, trainer.save_checkpoint)
         self.saved_at = time.monotonic()
         self.walk.signals.check()
 
     def on_block_end(self, walk: BlockWalk, result: BlockResult) -> None:
-        """Save the block; from here on a signal ends the run at once."""
+        """Save the block, beside what follows; from here on a signal ends the run as soon as that is done."""
         streams = None
         if time.monotonic() - self.streams_saved_at >= self.streams_every_n_seconds:
             streams = {"x_fp": walk.inputs.fp, "x_q": walk.inputs.q, "prompt": walk.prompt_1PD}
-        walk.store.save_block(result.index, result.tensors, result.metrics(), streams)
+        walk.writer.save_block(result.index, result.tensors, result.metrics(), streams)
         self.saved_at = time.monotonic()
         if streams is not None:
             self.streams_saved_at = self.saved_at

@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 
 from bisup_lightning.calibrate.block_reader import BlockReader
+from bisup_lightning.calibrate.block_writer import BlockWriter
 from bisup_lightning.calibrate.events import WalkCallback
 from bisup_lightning.calibrate.run_store import Partial, Progress, RunStore
 from bisup_lightning.calibrate.signals import Signals
@@ -130,7 +131,7 @@ class BlockWalk:
         self.callbacks, self.make_trainer, self.signals = callbacks, make_trainer, signals
         self.memory, self.streams = memory, streams
         self.partial: Partial | None = None
-        self.reader = BlockReader(model)
+        self.reader, self.writer = BlockReader(model), BlockWriter(store)
         self.kv_quantizer = KVQuantizer.of(scheme).prepare(model.family.head_dim, model.device)
         self.inputs: LayerInputs
         self.prompt_1PD: Tensor
@@ -214,7 +215,10 @@ class BlockWalk:
                 self._tell("on_block_end", result)
         finally:
             self.reader.close()
-            self._tell("on_walk_end")
+            try:
+                self._tell("on_walk_end")
+            finally:
+                self.writer.close()
 
     def calibrate(self, index: int) -> BlockResult:
         """Solve one block and advance both streams behind it."""
