@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from bisup_lightning.model.block import is_clip, theta_parameters
 from bisup_lightning.model.blockwise import Positions, run_layer, run_layer_in_halves
 from bisup_lightning.model.kv import BlockKV
+from bisup_lightning.model.linear import QuantLinear
 from bisup_lightning.quant.compiled import compiled_on_gpu
 
 MIN_CLIP = 1e-2  # a clip value is positive: it scales Δ
@@ -92,6 +93,9 @@ class BlockCalibration(LightningModule):
         self.optimization, self.steps = optimization, steps
         self.attempt, self.micro_batch = attempt, micro_batch
         self.loss = frugal_block_loss if frugal else block_loss
+        for module in layer.modules():
+            if isinstance(module, QuantLinear):
+                module.frugal = frugal
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Mean square error in float32 of one batch (x_q, target), [B, T, D] each, or of its last micro-batch.
