@@ -19,6 +19,7 @@ from bisup_lightning.model.family import EMBEDDING, FINAL_NORM, HEAD, Family, la
 
 DEMO = Path(__file__).parent.parent / "assets" / "demo"
 SHAPES = {  # hidden size, MLP size, heads, key/value heads, blocks
+    "tiny": (128, 384, 4, 2, 2),
     "1b": (2048, 8192, 32, 8, 16),
     "8b": (4096, 14336, 32, 8, 32),
     "32b": (5120, 27648, 40, 8, 64),

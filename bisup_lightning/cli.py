@@ -24,6 +24,8 @@ from rich.console import Console
 
 from bisup_lightning.calibrate.analysis import analyze_run
 from bisup_lightning.calibrate.checkpoint_io import WholeFileIO
+from bisup_lightning.calibrate.driver import Memory
+from bisup_lightning.calibrate.dry_run import dry_run
 from bisup_lightning.calibrate.events import WalkCallback
 from bisup_lightning.calibrate.fit import fit
 from bisup_lightning.calibrate.job import Compile, Job
@@ -38,6 +40,7 @@ from bisup_lightning.configuration import TRUST, check_file, flatten, new_parser
 from bisup_lightning.data.corpus import CalibrationData
 from bisup_lightning.data.prompt import Prompt
 from bisup_lightning.data.share import PeerLost
+from bisup_lightning.data.streams import Streams
 from bisup_lightning.errors import UserError
 from bisup_lightning.evaluate.perplexity import Evaluation
 from bisup_lightning.hub.audit import AuditError
@@ -56,8 +59,8 @@ TRAINER_SETTINGS = {
 }  # fmt: skip
 PEER_LOST_PAUSE = 5.0  # seconds in which the launcher finds out which process ended first
 HARMLESS = (
-    "config", "run_dir", "checkpoint", "resume", "trainer.logger", "trainer.callbacks", "trainer.profiler",
-    "trainer.devices", "parallel", "blocks",
+    "config", "run_dir", "checkpoint", "resume", "dry_run", "streams", "parallel", "blocks", "trainer.logger",
+    "trainer.callbacks", "trainer.profiler", "trainer.devices",
 )  # fmt: skip
 
 
@@ -75,11 +78,30 @@ def fit_parser() -> LightningArgumentParser:
         help="auto: go on with what run_dir holds, or begin; never: run_dir must be new; must: it must hold a run.",
     )
     parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="Measure one block on a few sequences, print the time, memory and disk that the run would take, and end.",
+    )
+    parser.add_argument(
         "--compile",
         type=Compile,
         default="never",
         help="Compile the blocks on a GPU (an experiment, see README): never; always; auto: if the model is so large "
         "that it pays.",
+    )
+    parser.add_argument(
+        "--memory",
+        type=Memory,
+        default="auto",
+        help="auto: as fast as the device's memory allows; low: one sequence at a time, activations computed anew for "
+        "the gradients, streams off the device.",
+    )
+    parser.add_argument(
+        "--streams",
+        type=Streams,
+        default="auto",
+        help="Where the hidden states of the calibration text live: device; host; file, mapped, in run_dir; auto: the "
+        "first of these that has room.",
     )
     parser.add_argument("--seed", type=int, default=0, help="Seed of all that is drawn.")
     parser.add_class_arguments(Parallel, "parallel", help="How several devices work at one model (trainer.devices).")
@@ -272,6 +294,8 @@ def make_job(parser: LightningArgumentParser, config: Namespace, signals: Signal
         config_yaml=parser.dump(config, skip_none=False),
         resume=config.resume,
         compile=config.compile,
+        memory=config.memory,
+        streams=config.streams,
         signals=signals,
         parallel=objects.parallel,
         ranks=ranks,
@@ -300,10 +324,14 @@ def run(arguments: Sequence[str], signals: Signals) -> int:
             if torch.cuda.is_available():
                 torch.cuda.set_device(place.local_rank())
             ranks = join(place, device_for(options.trainer.accelerator))
-        elif (count := processes(options)) > 1:
+        elif not options.dry_run and (count := processes(options)) > 1:
             make_job(fit_parser(), options, signals, Ranks(world=count))  # so that a mistake shows once, and at once
             return launch(arguments, count)
-        results = fit(make_job(fit_parser(), options, signals, ranks))
+        job = make_job(fit_parser(), options, signals, ranks)
+        if options.dry_run:
+            console.print(text_table("Dry run", ("", "expected", "free"), dry_run(job).rows()))
+            return 0
+        results = fit(job)
         if results is not None:
             print_run(console, options.run_dir, results)
         elif ranks.leads:

@@ -12,6 +12,10 @@ class BF16(WalkCallback):
     The artifact is written in the checkpoint's own dtype (line 16). On a CPU, blocks compute in float32 instead.
     """
 
+    def compute_dtype(self, device: torch.device) -> torch.dtype:
+        """The dtype that blocks and streams have."""
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+
     def on_walk_start(self, walk: BlockWalk) -> None:
-        """Choose the dtype that blocks and streams have."""
-        walk.model.dtype = torch.bfloat16 if walk.model.device.type == "cuda" else torch.float32
+        """Choose it."""
+        walk.model.dtype = self.compute_dtype(walk.model.device)

@@ -53,21 +53,22 @@ class BlockCheckpoint(WalkCallback):
             if not batch[2] and not pl_module.attempt:
                 due = now - self.streams_saved_at >= self.streams_every_n_seconds
                 if (name := relay.front(trainer.current_epoch, due)) is not None:
-                    self.walk.store.save_front(*name, trainer.save_checkpoint)
+                    self.walk.writer.save_front(*name, trainer.save_checkpoint)
                     self.streams_saved_at = now
         elif signals.received is not None or now - self.saved_at >= self.every_n_seconds:
             if not self.walk.share.member:
                 step = trainer.global_step
-                self.walk.store.save_partial(self.index, pl_module.attempt, step, trainer.save_checkpoint)
+                self.walk.writer.save_partial(self.index, pl_module.attempt, step, trainer.save_checkpoint)
             self.saved_at = now
         signals.check()
 
     def on_block_end(self, walk: BlockWalk, result: BlockResult) -> None:
-        """Save the block; from here on a signal ends the run at once."""
+        """Save the block, beside what follows; from here on a signal ends the run as soon as that is done."""
         due = time.monotonic() - self.streams_saved_at >= self.streams_every_n_seconds
-        streams = walk.streams() if type(walk.relay) is Relay and walk.share.agree(due, walk.model.device) else None
+        plain = type(walk.relay) is Relay
+        streams = walk.whole_streams() if plain and walk.share.agree(due, walk.model.device) else None
         if not walk.share.member:
-            walk.store.save_block(result.index, result.tensors, result.metrics(), streams)
+            walk.writer.save_block(result.index, result.tensors, result.metrics(), streams)
         self.saved_at = time.monotonic()
         if streams is not None:
             self.streams_saved_at = self.saved_at

@@ -13,7 +13,9 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from bisup_lightning.cli import main
+from bisup_lightning.cli import build_parser, main
+from bisup_lightning.configuration import TRUST
+from main import HELP
 from tests.inputs import ROOT
 from tests.tools import GPTQ, RTN, Interrupt, Interrupted, contents, traces, with_callback
 
@@ -544,6 +546,20 @@ def test_help_names_the_commands(capsys):
     text = shown(["--help"], capsys)
     for command in ("fit", "test", "predict", "compare"):
         assert f"\n    {command} " in text
+
+
+def test_help_of_main_is_that_of_the_parser(capsys):
+    """It is written out in main.py, which prints it without loading PyTorch."""
+    lines = build_parser()._subcommands_action._choices_actions
+    for command in lines:
+        assert f"\n  {command.dest:9} {command.help}\n" in HELP
+    assert HELP.count("\n  ") == len(lines) + 2  # and the two options
+    assert f"{TRUST} MODULE " in HELP
+    blind = "import runpy, sys; sys.modules['torch'] = None; runpy.run_path('main.py', run_name='__main__')"
+    done = subprocess.run(
+        [sys.executable, "-c", blind, "--help"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, HELP)
 
 
 def test_help_of_fit_documents_every_key_of_base(capsys):

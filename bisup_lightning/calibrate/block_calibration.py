@@ -14,8 +14,9 @@ from torch.optim import Optimizer
 from bisup_lightning.calibrate.wavefront import Relay
 from bisup_lightning.data.share import WHOLE, Share
 from bisup_lightning.model.block import is_clip, theta_parameters
-from bisup_lightning.model.blockwise import Positions, run_layer
+from bisup_lightning.model.blockwise import Positions, run_layer, run_layer_in_halves
 from bisup_lightning.model.kv import BlockKV
+from bisup_lightning.model.linear import QuantLinear
 from bisup_lightning.quant.compiled import compiled_on_gpu
 
 MIN_CLIP = 1e-2  # a clip value is positive: it scales Δ
@@ -60,6 +61,14 @@ def block_loss(
     return F.mse_loss(output_BTD.float(), target_BTD.float()), output_BTD.detach()
 
 
+def frugal_block_loss(
+    layer: nn.Module, x_BTD: Tensor, target_BTD: Tensor, positions: Positions, kv: BlockKV
+) -> tuple[Tensor, Tensor]:
+    """The same; its gradients take a second forward pass instead of memory for all that the first one made."""
+    output_BTD = run_layer_in_halves(layer, x_BTD, positions, kv)
+    return F.mse_loss(output_BTD.float(), target_BTD.float()), output_BTD.detach()
+
+
 class BlockCalibration(LightningModule):
     """Moves a quantized block's output on x_q towards the full-precision block's output on x_fp (eq. 8).
 
@@ -74,6 +83,7 @@ class BlockCalibration(LightningModule):
         micro_batch: Sequences to compute at a time; gradients add up over a batch. None for the whole batch.
         share: The processes that train this block together, each on its part of every batch.
         relay: To whoever trains on this block's outputs meanwhile.
+        frugal: Whether to save memory at the cost of a second forward pass.
     """
 
     def __init__(
@@ -87,6 +97,7 @@ class BlockCalibration(LightningModule):
         micro_batch: int | None = None,
         share: Share = WHOLE,
         relay: Relay = Relay(),  # noqa: B008  without state
+        frugal: bool = False,
     ) -> None:
         super().__init__()
         self.layer = layer
@@ -94,6 +105,10 @@ class BlockCalibration(LightningModule):
         self.optimization, self.steps = optimization, steps
         self.attempt, self.micro_batch = attempt, micro_batch
         self.share, self.relay = share, relay
+        self.loss = frugal_block_loss if frugal else block_loss
+        for module in layer.modules():
+            if isinstance(module, QuantLinear):
+                module.frugal = frugal
 
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
         """Mean square error in float32 of one batch (x_q, target, rows), or of its last micro-batch.
@@ -106,7 +121,7 @@ class BlockCalibration(LightningModule):
         parts = list(zip(x_BTD.split(size), target_BTD.split(size), rows_B.split(size), strict=True))
         loss, total = x_BTD.new_zeros(()), x_BTD.new_zeros((), dtype=torch.float32)
         for place, (x_bTD, target_bTD, rows_b) in enumerate(parts):
-            loss, output_bTD = block_loss(self.layer, x_bTD, target_bTD, self.positions, self.kv)
+            loss, output_bTD = self.loss(self.layer, x_bTD, target_bTD, self.positions, self.kv)
             loss = loss * (len(x_bTD) / (len(x_BTD) * self.share.members))
             total = total + loss.detach()
             if place < len(parts) - 1:

@@ -4,13 +4,14 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 
 from bisup_lightning.calibrate.block_reader import BlockReader
+from bisup_lightning.calibrate.block_writer import BlockWriter
 from bisup_lightning.calibrate.events import WalkCallback
 from bisup_lightning.calibrate.parallel import Ranks
 from bisup_lightning.calibrate.run_store import Partial, Progress, RunStore
@@ -19,6 +20,7 @@ from bisup_lightning.calibrate.solvers import Block, Solver
 from bisup_lightning.calibrate.wavefront import Relay
 from bisup_lightning.data.layer_inputs import LayerInputs
 from bisup_lightning.data.share import WHOLE, Share
+from bisup_lightning.data.streams import Home, Streams, choose_place
 from bisup_lightning.errors import UserError
 from bisup_lightning.model.block import fuse_layer, hold_dense, stored_tensors
 from bisup_lightning.model.blockwise import PROMPT, BlockwiseModel, Positions, run_layer_fast
@@ -28,6 +30,7 @@ from bisup_lightning.model.statistics import InputStatistics
 from bisup_lightning.quant.spec import Scheme
 from bisup_lightning.transform.transform import Transform
 
+Memory = Literal["auto", "low"]
 MakeTrainer = Callable[[int, int], Trainer]
 
 
@@ -109,6 +112,9 @@ class BlockWalk:
         ranks: The processes that walk together.
         share: The part of the text that this one holds.
         independent: Whether blocks are calibrated on full-precision inputs, as if no other were quantized.
+        memory: `low` computes one sequence at a time, keeps of a forward pass only what half a block needs for its
+            gradients, and keeps the streams off the device.
+        streams: Where the streams live.
     """
 
     def __init__(
@@ -127,6 +133,8 @@ class BlockWalk:
         ranks: Ranks = Ranks(),  # noqa: B008  frozen
         share: Share = WHOLE,
         independent: bool = False,
+        memory: Memory = "auto",
+        streams: Streams = "auto",
     ) -> None:
         self.model, self.transform, self.scheme = model, transform, scheme
         self.solver, self.store = solver, store
@@ -134,9 +142,10 @@ class BlockWalk:
         self.prompt_ids = list(prompt_ids)
         self.callbacks, self.make_trainer, self.signals = callbacks, make_trainer, signals
         self.ranks, self.share, self.independent = ranks, share, independent
+        self.memory, self.streams = memory, streams
         self.relay = Relay()
         self.partial: Partial | None = None
-        self.reader = BlockReader(model)
+        self.reader, self.writer = BlockReader(model), BlockWriter(store)
         self.kv_quantizer = KVQuantizer.of(scheme).prepare(model.family.head_dim, model.device)
         self.inputs: LayerInputs
         self.prompt_1PD: Tensor
@@ -149,10 +158,17 @@ class BlockWalk:
 
     def begin(self, tokens_NT: Tensor) -> None:
         """Stand before the first block: both streams are the embedded tokens."""
-        x_NTD = self.model.embed(self.share.of(tokens_NT, self.batch_size))
-        if not x_NTD.isfinite().all():
+        own_NT = self.share.of(tokens_NT, self.batch_size)
+        shape, dtype = torch.Size([*own_NT.shape, self.model.family.hidden_size]), self.model.dtype
+        home = self.home(shape, dtype)
+        on_device = home.place == "device"  # where nothing is embedded
+        x_NTD = self.model.embed(own_NT, None if on_device else home.empty(shape, dtype))
+        if not all(x_TD.isfinite().all() for x_TD in x_NTD):
             raise UserError("checkpoint: the embedding of the calibration text is not finite")
-        self._stand(0, x_NTD, None, self.model.embed(torch.tensor([self.prompt_ids]).long()))
+        if on_device:
+            x_NTD = x_NTD.to(self.model.device)
+        prompt_1PD = self.model.embed(torch.tensor([self.prompt_ids]).long())
+        self._stand(0, x_NTD, home.copy(x_NTD), prompt_1PD, home)
 
     def resume(self, tokens_NT: Tensor, progress: Progress) -> None:
         """Stand behind the last finished block, where an interrupted run stopped.
@@ -165,25 +181,29 @@ class BlockWalk:
         else:
             streams = progress.streams
             x_fp, x_q = (self.share.of(streams[name], self.batch_size) for name in ("x_fp", "x_q"))
-            self._stand(progress.streams_at, x_fp, x_q, streams["prompt"])
+            home = self.home(x_fp.shape, x_fp.dtype)
+            self._stand(progress.streams_at, home.hold(x_fp), home.hold(x_q), streams["prompt"], home)
         for metrics in progress.metrics[self.next_block :]:
             self.inputs.micro_batch = min(self.inputs.micro_batch, metrics["micro_batch"])
             self._replay(self.next_block)
             self.next_block += 1
         self.partial = progress.partial
 
-    def _stand(self, next_block: int, x_fp: Tensor, x_q: Tensor | None, prompt_1PD: Tensor) -> None:
-        """Stand before a block, with the streams [N, T, D] and the prompt's hidden states [1, P, D] there."""
-        # The streams live where blocks compute if all three copies of a step fit with room to spare, else on the host.
-        room = torch.cuda.mem_get_info(self.model.device)[0] if self.model.device.type == "cuda" else 0
-        home = self.model.device if 6 * x_fp.nbytes < room else torch.device("cpu")
-        x_fp = x_fp.to(home)
-        x_q = x_fp.clone() if x_q is None else x_q.to(home)
-        micro_batch = self.batch_size // self.share.members
-        self.inputs = LayerInputs(x_fp, x_q, self.model.device, micro_batch, self.share)
+    def home(self, shape: torch.Size, dtype: torch.dtype) -> Home:
+        """Where streams of that shape [N, T, D] live."""
+        wanted = self.streams
+        if wanted == "auto" and self.memory == "low":
+            wanted = "host"
+        place = choose_place(wanted, shape.numel() * dtype.itemsize, self.model.device)
+        return Home(place, self.model.device, self.store.run_dir)
+
+    def _stand(self, next_block: int, x_fp: Tensor, x_q: Tensor, prompt_1PD: Tensor, home: Home) -> None:
+        """Stand before a block, with the streams [N, T, D] at home and the prompt's hidden states [1, P, D] there."""
+        micro_batch = 1 if self.memory == "low" else self.batch_size // self.share.members
+        self.inputs = LayerInputs(x_fp, x_q, self.model.device, micro_batch, home, self.share)
         self.prompt_1PD, self.next_block = prompt_1PD, next_block
 
-    def streams(self) -> dict[str, Tensor]:
+    def whole_streams(self) -> dict[str, Tensor]:
         """Both streams of the whole text, in its order, and the prompt's hidden states; of no use but to the first."""
         streams = {"x_fp": self.inputs.fp, "x_q": self.inputs.q}
         whole = {name: self.share.gather(stream, self.batch_size) for name, stream in streams.items()}
@@ -219,7 +239,10 @@ class BlockWalk:
             self.relay.close()
         finally:
             self.reader.close()
-            self._tell("on_walk_end")
+            try:
+                self._tell("on_walk_end")
+            finally:
+                self.writer.close()
 
     def _pass(self, index: int) -> None:
         """Let full-precision inputs through a block that was finished before."""
@@ -260,6 +283,7 @@ class BlockWalk:
             make_trainer=lambda epochs: self.make_trainer(index, epochs),
             relay=self.relay,
             partial=self.partial if self.partial is not None and self.partial.index == index else None,
+            frugal=self.memory == "low",
         )
         start = hold_dense(fuse_layer(block.start()), self.model.dtype)
         if not self.relay.arriving:
@@ -273,6 +297,7 @@ class BlockWalk:
         outputs, loss = self.inputs.outputs_q(block.run(layer))
         if not loss < self.loss_initial and layer is not start:  # not less is NaN, too
             layer = start
+            del outputs  # or there would be a fourth copy
             outputs, loss = self.inputs.outputs_q(block.run(layer))
         self.inputs.advance_q(outputs)
         self.relay.send_final(outputs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from lightning.pytorch import Callback
 
 if TYPE_CHECKING:
@@ -14,6 +15,10 @@ class WalkCallback(Callback):
     """A Lightning callback that also hears of the walk over the blocks."""
 
     saves_blocks = False  # whether finished blocks reach the run directory through this callback
+
+    def compute_dtype(self, device: torch.device) -> torch.dtype | None:
+        """What blocks and streams are in on a device while they are calibrated, if this callback sees to it."""
+        return None
 
     def on_walk_start(self, walk: BlockWalk) -> None:
         """Before the streams are made or read."""

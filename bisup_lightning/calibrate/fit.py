@@ -14,6 +14,7 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 import bisup_lightning
+from bisup_lightning.calibrate.budget import Budget, check_room
 from bisup_lightning.calibrate.driver import BlockWalk
 from bisup_lightning.calibrate.job import Job, check, compiles, fingerprint
 from bisup_lightning.calibrate.measure import check_vocabulary, evaluation_sets, open_checkpoint, score_models
@@ -80,6 +81,8 @@ def lead(job: Job) -> dict[str, Any] | None:
             store.clear()  # where the run was killed when it had just finished
             return store.results()
 
+        if progress.tokens_NT is None and not progress.metrics:  # a walk that begins
+            check_room(Budget.of(job, plain, scheme), job.device, job.run_dir)
         # Before the work, so that a mistake in a text, a task or a model shows at once.
         sets = evaluation_sets(job.evaluation, job.data.seq_len, job.seed, plain, tokenizer)
         fetch_tasks(job.evaluation.zero_shot)
@@ -204,6 +207,8 @@ def walk(
         ranks=job.ranks,
         share=place.share,
         independent=job.independent,
+        memory=job.memory,
+        streams=job.streams,
     )
     block_walk.prepare()
     if job.independent or place.stage > 0:

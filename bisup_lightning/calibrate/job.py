@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 import bisup_lightning
+from bisup_lightning.calibrate.driver import Memory
 from bisup_lightning.calibrate.events import WalkCallback
 from bisup_lightning.calibrate.parallel import Parallel, Ranks
 from bisup_lightning.calibrate.run_store import Resume
@@ -17,6 +18,7 @@ from bisup_lightning.calibrate.solvers import Solver
 from bisup_lightning.data import corpus
 from bisup_lightning.data.corpus import CalibrationData
 from bisup_lightning.data.prompt import Prompt
+from bisup_lightning.data.streams import Streams
 from bisup_lightning.errors import UserError
 from bisup_lightning.evaluate.perplexity import Evaluation
 from bisup_lightning.evaluate.zero_shot import check_tasks
@@ -53,6 +55,8 @@ class Job:
         config_yaml: The whole resolved configuration.
         resume: Whether to go on with what the run directory holds.
         compile: Whether blocks are compiled on a GPU.
+        memory: Whether to save device memory at the cost of time.
+        streams: Where the hidden states of the calibration text live.
         signals: What may ask the run to end.
         parallel: How several processes work at it.
         ranks: Those processes.
@@ -75,6 +79,8 @@ class Job:
     config_yaml: str
     resume: Resume = "auto"
     compile: Compile = "never"
+    memory: Memory = "auto"
+    streams: Streams = "auto"
     signals: Signals = field(default_factory=Signals)
     parallel: Parallel = field(default_factory=Parallel)
     ranks: Ranks = field(default_factory=Ranks)

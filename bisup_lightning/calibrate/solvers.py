@@ -49,6 +49,7 @@ class Block:
         make_trainer: Makes a fresh Trainer for a number of epochs.
         relay: Where its inputs come from and its outputs go while it learns.
         partial: Where an interrupted training of this block stopped, if it was saved.
+        frugal: Whether training saves memory at the cost of a second forward pass.
     """
 
     index: int
@@ -66,6 +67,7 @@ class Block:
     make_trainer: Callable[[int], Trainer]
     relay: Relay
     partial: Partial | None = None
+    frugal: bool = False
     quantized: nn.Module | None = None  # what `start` gives copies of
 
     def start(self) -> nn.Module:
@@ -155,7 +157,7 @@ class BiSup(Solver):
             steps = self.epochs * len(batches.batches)
             module = BlockCalibration(
                 layer, block.positions, block.kv, self.optimization, steps, attempt, micro_batch,
-                block.inputs.share, block.relay,
+                share=block.inputs.share, relay=block.relay, frugal=block.frugal,
             )  # fmt: skip
             trainer = block.make_trainer(self.epochs)
             try:

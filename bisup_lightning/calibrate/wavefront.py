@@ -102,7 +102,7 @@ class Chain(Relay):
         self.block = block
         if self.place.upstream is None or block == self.run.start:
             return prompt_1PD
-        inputs.fp = self.place.upstream.receive().to(inputs.fp.device)
+        inputs.fp = inputs.home.hold(self.place.upstream.receive())
         return self.place.upstream.receive() if prompt_1PD.numel() else prompt_1PD
 
     def send_fp(self, inputs: LayerInputs, prompt_1PD: Tensor) -> None:
@@ -192,13 +192,13 @@ class Wavefront(Chain):
         if self._outputs is None and epoch < self.schedule.final and epoch in self._wanted():
             assert self.place.downstream is not None
             self.place.downstream.flush(keep=1)
-            self._outputs = torch.empty_like(self.inputs.q)
+            self._outputs = self.inputs.home.empty_like(self.inputs.q)
 
     def _receive(self, version: int) -> None:
         for newer in self._versions(self.block):
             if self._received < newer <= version:
                 assert self.place.upstream is not None
-                self.inputs.q, self._received = self.place.upstream.receive().to(self.inputs.q.device), newer
+                self.inputs.q, self._received = self.inputs.home.hold(self.place.upstream.receive()), newer
 
     def record(self, rows_B: Tensor, output_BTD: Tensor) -> None:
         """Keep what a training pass gave."""
@@ -263,7 +263,7 @@ class Wavefront(Chain):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on there."""
         self._received, self._given = state["received"], state["given"]
-        self.inputs.q = state["inputs"].to(self.inputs.q.device)
+        self.inputs.q = self.inputs.home.hold(state["inputs"])
         if state["rows"] is not None:
-            self._outputs = torch.empty_like(self.inputs.q)
+            self._outputs = self.inputs.home.empty_like(self.inputs.q)
             self.record(state["rows"], state["outputs"])

@@ -7,6 +7,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from bisup_lightning.data.layer_inputs import LayerInputs
+from bisup_lightning.data.streams import moved, pick
 
 
 class BlockBatches:
@@ -37,9 +38,12 @@ class BlockBatches:
             self.epoch, self.position = self.epoch + 1, 0
         if self.begin_epoch is not None:
             self.begin_epoch(self.epoch)
-        for rows in self._rows()[self.position :]:
+        device, streams = self.inputs.device, (self.inputs.q, self.inputs.fp)
+        left = self._rows()[self.position :]
+        batches = ((*(pick(stream, rows, device) for stream in streams), rows) for rows in left)
+        for x_BTD, target_BTD, rows in moved(batches, device):
             self.position += 1
-            yield self.inputs.q[rows], self.inputs.fp[rows], rows
+            yield x_BTD, target_BTD, rows
 
     def _rows(self) -> list[Tensor]:
         """Which rows of the streams make up each batch of the epoch."""

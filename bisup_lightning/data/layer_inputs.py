@@ -5,11 +5,13 @@ Shape suffixes: N sequences, T tokens, D hidden size, B batch.
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from bisup_lightning.data.share import WHOLE, Share
+from bisup_lightning.data.streams import Home, moved
 from bisup_lightning.errors import UserError
 from bisup_lightning.quant.compiled import compiled_on_gpu
 
@@ -18,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 class LayerInputs:
-    """Inputs x_fp and x_q of the next block, [N, T, D] each, on the device or on the host.
+    """Inputs x_fp and x_q of the next block, [N, T, D] each, wherever they live.
 
     `advance_fp` turns x_fp into the block's full-precision output, which is then both the target of its calibration
     and the next block's x_fp.
@@ -28,6 +30,7 @@ class LayerInputs:
         x_q: Inputs that the quantized predecessors gave.
         device: Where blocks compute.
         batch_size: Sequences to compute at a time.
+        home: Where the streams live.
         share: Which part of the text these N sequences are; figures are those of the whole text all the same.
 
     Attributes:
@@ -35,10 +38,18 @@ class LayerInputs:
             ran out of memory.
     """
 
-    def __init__(self, x_fp: Tensor, x_q: Tensor, device: torch.device, batch_size: int, share: Share = WHOLE) -> None:
+    def __init__(
+        self,
+        x_fp: Tensor,
+        x_q: Tensor,
+        device: torch.device,
+        batch_size: int,
+        home: Home | None = None,
+        share: Share = WHOLE,
+    ) -> None:
         self.fp, self.q = x_fp, x_q
         self.device, self.micro_batch = device, batch_size
-        self.share = share
+        self.home, self.share = home or Home("device", x_fp.device, Path()), share
 
     @property
     def num_tokens(self) -> int:
@@ -59,60 +70,64 @@ class LayerInputs:
         self.micro_batch = -(-self.micro_batch // 2)
         torch.cuda.empty_cache()
 
-    def _for_each(self, step: Callable[[slice], None]) -> None:
-        """Take a step for every micro-batch; one that does not fit is taken again in halves."""
-        start = 0
-        while start < len(self.fp):
+    def _for_each(self, step: Callable[..., None], *streams: Tensor) -> None:
+        """Take a step for every micro-batch, given its place and its part of each stream on the device.
+
+        One that does not fit is taken again in halves.
+        """
+        start, end = 0, len(self.fp)
+        while start < end:
+            batches = [slice(at, at + self.micro_batch) for at in range(start, end, self.micro_batch)]
+            parts = moved((tuple(stream[batch] for stream in streams) for batch in batches), self.device)
             try:
-                batch = slice(start, start + self.micro_batch)
-                step(batch)
+                for batch, part in zip(batches, parts, strict=True):
+                    step(batch, *part)
+                    start = batch.stop
             except torch.OutOfMemoryError as error:
                 self.halve(error)
-            else:
-                start = batch.stop
 
     @torch.no_grad()
     def advance_fp(self, run: Run) -> None:
         """Replace x_fp by the full-precision block's output."""
 
-        def step(batch: slice) -> None:
-            self.fp[batch] = run(self.fp[batch].to(self.device)).to(self.fp)
+        def step(batch: slice, x_BTD: Tensor) -> None:
+            self.fp[batch] = run(x_BTD).to(self.fp)
 
-        self._for_each(step)
+        self._for_each(step, self.fp)
 
     @torch.no_grad()
     def loss_q(self, run: Run) -> float:
         """Mean square distance of a quantized block's output on x_q to the target (eq. 8)."""
         squares = torch.zeros((), dtype=torch.float64, device=self.device)
 
-        def step(batch: slice) -> None:
-            squares.add_(squared_error(run(self.q[batch].to(self.device)), self.fp[batch].to(self.device)))
+        def step(batch: slice, x_BTD: Tensor, target_BTD: Tensor) -> None:
+            squares.add_(squared_error(run(x_BTD), target_BTD))
 
-        self._for_each(step)
+        self._for_each(step, self.q, self.fp)
         return self._mean(squares)
 
     @torch.no_grad()
     def outputs_q(self, run: Run) -> tuple[Tensor, float]:
         """What a quantized block makes of x_q, [N, T, D], and its mean square distance to the target (eq. 8)."""
-        outputs = torch.empty_like(self.q)
+        outputs = self.home.empty_like(self.q)
         squares = torch.zeros((), dtype=torch.float64, device=self.device)
 
-        def step(batch: slice) -> None:
-            y_BTD = run(self.q[batch].to(self.device))
-            squares.add_(squared_error(y_BTD, self.fp[batch].to(self.device)))
+        def step(batch: slice, x_BTD: Tensor, target_BTD: Tensor) -> None:
+            y_BTD = run(x_BTD)
+            squares.add_(squared_error(y_BTD, target_BTD))
             outputs[batch] = y_BTD.to(outputs)
 
-        self._for_each(step)
+        self._for_each(step, self.q, self.fp)
         return outputs, self._mean(squares)
 
     @torch.no_grad()
     def for_each_q(self, run: Run) -> None:
         """Run a block over x_q for what it does on the way."""
 
-        def step(batch: slice) -> None:
-            run(self.q[batch].to(self.device))
+        def step(batch: slice, x_BTD: Tensor) -> None:
+            run(x_BTD)
 
-        self._for_each(step)
+        self._for_each(step, self.q)
 
     def advance_q(self, outputs: Tensor) -> None:
         """Replace x_q by the fused block's output."""
@@ -123,10 +138,10 @@ class LayerInputs:
         """Mean square of the target, the scale of a relative error."""
         squares = torch.zeros((), dtype=torch.float64, device=self.device)
 
-        def step(batch: slice) -> None:
-            squares.add_(sum_of_squares(self.fp[batch].to(self.device)))
+        def step(batch: slice, x_BTD: Tensor) -> None:
+            squares.add_(sum_of_squares(x_BTD))
 
-        self._for_each(step)
+        self._for_each(step, self.fp)
         return self._mean(squares)
 
     def _mean(self, squares: Tensor) -> float:

@@ -7,15 +7,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from bisup_lightning.model.attention import FUSED_CAUSAL
 from bisup_lightning.model.block import build_layer, hold_dense, is_quantizers, pack_layer
 from bisup_lightning.model.checkpoint import Checkpoint
-from bisup_lightning.model.family import CACHE, EMBEDDING, FINAL_NORM, Family
+from bisup_lightning.model.family import CACHE, EMBEDDING, FINAL_NORM, Family, attention_half, mlp_half
 from bisup_lightning.model.kv import BlockKV, KeyValue, KVQuantizer, KVRecorder, PromptKV
 from bisup_lightning.quant.compiled import compiled_on_gpu
 from bisup_lightning.quant.spec import Scheme
@@ -39,6 +40,14 @@ class Positions:
 def run_layer(layer: nn.Module, hidden_BTD: Tensor, positions: Positions, kv: BlockKV | KVRecorder) -> Tensor:
     """Hidden states after one decoder layer, [B, T, D]."""
     return layer(hidden_BTD, attention_mask=positions.mask, position_embeddings=positions.rotary, **{CACHE: kv})
+
+
+def run_layer_in_halves(layer: nn.Module, hidden_BTD: Tensor, positions: Positions, kv: BlockKV) -> Tensor:
+    """As `run_layer`, but for its gradients each half of the layer is computed anew: they hold one half in memory."""
+    seen: dict[str, Any] = {"attention_mask": positions.mask, "position_embeddings": positions.rotary, CACHE: kv}
+    again: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # nothing here draws
+    hidden_BTD = checkpoint(attention_half, layer, hidden_BTD, **seen, **again)
+    return checkpoint(mlp_half, layer, hidden_BTD, **again)
 
 
 @compiled_on_gpu(dynamic=False)
@@ -111,10 +120,13 @@ class BlockwiseModel:
         """How many blocks there are."""
         return self.family.num_layers
 
-    def embed(self, ids_BT: Tensor) -> Tensor:
-        """Embeddings [B, T, D] of token ids, on the CPU, in the dtype that blocks compute in."""
+    def embed(self, ids_BT: Tensor, out: Tensor | None = None) -> Tensor:
+        """Embeddings [B, T, D] of token ids, on the CPU (in `out`, if given), in the dtype that blocks compute in."""
         table_VD = self.checkpoint.read_shared(EMBEDDING, torch.device("cpu"), self.dtype)
-        return nn.functional.embedding(ids_BT.cpu(), table_VD)
+        if out is None:
+            return nn.functional.embedding(ids_BT.cpu(), table_VD)
+        torch.index_select(table_VD, 0, ids_BT.cpu().flatten(), out=out.view(-1, table_VD.shape[1]))
+        return out
 
     def layer_tensors(self, index: int) -> dict[str, Tensor]:
         """The tensors of block `index` on the device; floats in the dtype that blocks compute in."""

@@ -74,6 +74,19 @@ def decoder(model: PreTrainedModel) -> nn.Module:
     return model.model
 
 
+def attention_half(layer: nn.Module, hidden_BTD: Tensor, **settings: Any) -> Tensor:
+    """A layer's first half [B, T, D]: the hidden states plus what attention adds to them."""
+    parts: Any = layer
+    added_BTD, _ = parts.self_attn(hidden_states=parts.input_layernorm(hidden_BTD), **settings)
+    return hidden_BTD + added_BTD
+
+
+def mlp_half(layer: nn.Module, hidden_BTD: Tensor) -> Tensor:
+    """A layer's second half [B, T, D]."""
+    parts: Any = layer
+    return hidden_BTD + parts.mlp(parts.post_attention_layernorm(hidden_BTD))
+
+
 def watch_attention(layer: nn.Module, record: Callable[[Tensor], None]) -> None:
     """Have a layer compute its attention weights openly and hand them to `record`, [B, heads, T, P + T] each.
 

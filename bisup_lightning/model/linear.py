@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 from bisup_lightning.quant import low_rank
 from bisup_lightning.quant.affine import as_stored, dequantize, fake_quantize_segments, quantize, wide
@@ -157,6 +158,9 @@ class QuantLinear(nn.Module):
         self.smoothing_is_inverse = False
         self.smoothing_order: Tensor | None = None
         self.low_rank_form: LowRankForm = "slrec"
+        self.frugal = (
+            False  # whether gradients compute Ŵ anew instead of keeping its float32 steps, three times W's size
+        )
         for name in ("smoothing", "low_rank_a", "low_rank_b"):
             self.register_parameter(name, None)
 
@@ -183,10 +187,18 @@ class QuantLinear(nn.Module):
             w_OI = w_OI / s_I if self.smoothing_is_inverse else w_OI * s_I
         return wide(w_OI)
 
+    def quantized_weight(self, dtype: torch.dtype) -> Tensor:
+        """Ŵ [O, I] in a dtype."""
+        w_OI = fake_quantize_segments(self.compensated_weight(), self.segments, list(self.clips), self.storage_dtype)
+        return w_OI.to(dtype)
+
     def forward(self, x_BTI: Tensor) -> Tensor:
         """⟨x⟩ Ŵᵀ + bias, in x's dtype."""
-        w_OI = fake_quantize_segments(self.compensated_weight(), self.segments, list(self.clips), self.storage_dtype)
-        return F.linear(self.input_quantizer(x_BTI), w_OI.to(x_BTI.dtype), self.bias)
+        if self.frugal:
+            w_OI = checkpoint(self.quantized_weight, x_BTI.dtype, use_reentrant=False, preserve_rng_state=False)
+        else:
+            w_OI = self.quantized_weight(x_BTI.dtype)
+        return F.linear(self.input_quantizer(x_BTI), w_OI, self.bias)
 
     def unquantized(self) -> "PackedLinear":
         """The same linear with its weight as it is; only its input is quantized."""

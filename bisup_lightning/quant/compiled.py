@@ -1,7 +1,7 @@
 """Functions that run as they are written on a CPU, and compiled on a GPU."""
 
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, wraps
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -21,14 +21,16 @@ def compiled_on_gpu(*, dynamic: bool) -> Callable[[Callable[P, R]], Callable[P, 
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        # Fused kernels would keep intermediate values wider than bf16. Rounding to a grid of a few values blows such
-        # differences up: gradients would be those of other codes than a forward pass on its own computes.
-        compiled = torch.compile(function, dynamic=dynamic, options={"emulate_precision_casts": True})
+        @cache  # not before it is used: naming options loads the compiler, which takes seconds
+        def compiled() -> Callable[P, R]:
+            # Fused kernels would keep intermediate values wider than bf16. Rounding to a grid of a few values blows
+            # such differences up: gradients would be those of other codes than a forward pass on its own computes.
+            return torch.compile(function, dynamic=dynamic, options={"emulate_precision_casts": True})
 
         @wraps(function)
         def run(*args: P.args, **kwargs: P.kwargs) -> R:
             on_gpu = next(value.is_cuda for value in args if isinstance(value, Tensor))
-            return (compiled if on_gpu else function)(*args, **kwargs)
+            return (compiled() if on_gpu else function)(*args, **kwargs)
 
         return run
 

@@ -42,11 +42,13 @@ class Problem:
     def data(self):
         return BlockDataModule(self.inputs, BATCH, SEED)
 
-    def train(self, optimization, attempt=0, epochs=EPOCHS, micro_batch=None, share=WHOLE):
+    def train(self, optimization, attempt=0, epochs=EPOCHS, micro_batch=None, share=WHOLE, frugal=False):
         """Θ after Lightning has trained a copy of the block."""
         layer = copy.deepcopy(self.layer)
         steps = epochs * len(self.data().batches)
-        module = BlockCalibration(layer, self.positions, self.kv, optimization, steps, attempt, micro_batch, share)
+        module = BlockCalibration(
+            layer, self.positions, self.kv, optimization, steps, attempt, micro_batch, share=share, frugal=frugal
+        )
         trainer = Trainer(
             max_epochs=epochs, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
             enable_progress_bar=False, enable_model_summary=False,

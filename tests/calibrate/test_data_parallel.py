@@ -13,7 +13,7 @@ from tests.ranks import together
 def train(rank, world, folder, micro_batch):
     problem = Problem(folder, count=8)
     share, inputs = Share(rank, world), problem.inputs
-    problem.inputs = LayerInputs(share.of(inputs.fp, BATCH), share.of(inputs.q, BATCH), CPU, BATCH, share)
+    problem.inputs = LayerInputs(share.of(inputs.fp, BATCH), share.of(inputs.q, BATCH), CPU, BATCH, share=share)
     theta, loss = problem.train(Optimization(), micro_batch=micro_batch, share=share)
     return {name: tensor.detach() for name, tensor in theta.items()}, loss
 

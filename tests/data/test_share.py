@@ -21,7 +21,7 @@ def streams(count):
 def order(x_N, batch_size, share, epochs=2):
     """Sequences of each batch of the epochs."""
     own = share.of(x_N, batch_size)
-    loader = BlockDataModule(LayerInputs(own, own, CPU, batch_size, share), batch_size, 5).train_dataloader()
+    loader = BlockDataModule(LayerInputs(own, own, CPU, batch_size, share=share), batch_size, 5).train_dataloader()
     return [[int(x_TD[0, 0]) for x_TD in x_BTD] for _ in range(epochs) for x_BTD, _, _ in loader]
 
 
@@ -53,7 +53,7 @@ def messages(rank, world):
     whole = streams(4 * world)
     gathered = share.gather(share.of(whole, 2 * world), 2 * world)
     votes = [share.agree(rank == leader, CPU) for leader in (0, 1)]
-    inputs = LayerInputs(share.of(whole, 2 * world), share.of(whole + 1, 2 * world), CPU, 1, share)
+    inputs = LayerInputs(share.of(whole, 2 * world), share.of(whole + 1, 2 * world), CPU, 1, share=share)
     figures = inputs.mean_square_target(), inputs.loss_q(lambda x_BTD: x_BTD), inputs.num_tokens
     return [s.tolist() for s in sums], largest[0].tolist(), gathered, votes, figures
 

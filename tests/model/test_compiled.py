@@ -1,5 +1,8 @@
 """One compiled graph serves all blocks of a model, without a break in it."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -50,6 +53,11 @@ def quantized(model, index, scheme):
     widths = {entry.name: linears[0].weight.shape[1] for entry, linears in linear_inputs(layer)}
     orders = {name: torch.arange(width).flip(0) for name, width in widths.items()} if scheme.outliers else None
     return quantize_layer(layer, scheme, model.family.config, 0.9, torch.float32, orders)
+
+
+def test_what_will_be_compiled_does_not_load_the_compiler():
+    code = "import sys, bisup_lightning.model.linear; sys.exit('torch._inductor.compile_fx' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 @pytest.mark.parametrize(("name", "prompt_length"), [("row", 0), ("groups", 1), ("hadamard", 5), ("outliers", 1)])

@@ -1,0 +1,82 @@
+"""Writes one finished block while the next is calibrated."""
+
+from collections.abc import Callable, Mapping
+from concurrent import futures
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from bisup_lightning.calibrate.run_store import RunStore
+
+
+class BlockWriter:
+    """Hands what is to be saved to the run directory, one piece at a time and in order.
+
+    A failed write ends the walk when the next piece is saved, or with `close`; nothing that follows it is written.
+
+    Args:
+        store: The run directory. Nobody else writes there before `close`.
+    """
+
+    def __init__(self, store: RunStore) -> None:
+        self.store = store
+        self._executor = futures.ThreadPoolExecutor(1, thread_name_prefix="block-writer")
+        self._writing: futures.Future[None] | None = None
+
+    def save_block(
+        self,
+        index: int,
+        tensors: Mapping[str, Tensor],
+        metrics: Mapping[str, Any],
+        streams: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """See `RunStore.save_block`; returns before it is done, but with streams, which the next block changes.
+
+        Raises:
+            OSError: If this, or what was saved before, can't be written.
+        """
+        self.wait()
+        self._writing = self._executor.submit(self.store.save_block, index, tensors, metrics, streams)
+        if streams is not None:
+            self.wait()
+
+    def save_partial(self, index: int, attempt: int, step: int, write: Callable[[Path], None]) -> None:
+        """See `RunStore.save_partial`; returns when it is done.
+
+        Raises:
+            OSError: If this, or what was saved before, can't be written.
+        """
+        self.wait()
+        self.store.save_partial(index, attempt, step, write)
+
+    def save_front(self, name: str, replaced: str, write: Callable[[Path], None]) -> None:
+        """See `RunStore.save_front`; returns when it is done.
+
+        Raises:
+            OSError: If this, or what was saved before, can't be written.
+        """
+        self.wait()
+        self.store.save_front(name, replaced, write)
+
+    def wait(self) -> None:
+        """Wait until everything is saved.
+
+        Raises:
+            OSError: If it can't be written.
+        """
+        if self._writing is not None:
+            futures.wait([self._writing])  # where a signal may strike: the write stays under way
+            written, self._writing = self._writing, None
+            written.result()
+
+    def close(self) -> None:
+        """As `wait`, for good.
+
+        Raises:
+            OSError: See `wait`.
+        """
+        try:
+            self.wait()
+        finally:
+            self._executor.shutdown()
