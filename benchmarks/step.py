@@ -119,7 +119,7 @@ def main() -> None:
                 function = {"eager": block_loss.__wrapped__, "compiled": block_loss}.get(row)
                 if function is None:
                     continue
-                loss = lambda f=function: f(layer, x_BTD, target_BTD, positions, kv)  # noqa: E731, B023
+                loss = lambda f=function: f(layer, x_BTD, target_BTD, positions, kv)[0]  # noqa: E731, B023
                 measure(f"{row}, {precision}, {transform}", theta, loss, operations, rate)
                 if given.profile and row == "compiled":
                     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:

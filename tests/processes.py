@@ -96,8 +96,8 @@ def _run(
     sys.exit(main(arguments))
 
 
-def ranks(world: int, arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> list[Run]:
-    """Runs of the command line that know of each other, as torchrun would start them."""
+def ranks(world: int, arguments: Sequence[str], second: Sequence[str] | None = None) -> list[Run]:
+    """Runs of the command line that know of each other, as torchrun would start them; one with other arguments."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -106,7 +106,10 @@ def ranks(world: int, arguments: Sequence[str], environment: Mapping[str, str] |
         "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     return [
-        Run(arguments, environment={**common, "RANK": str(rank), "LOCAL_RANK": str(rank), **(environment or {})})
+        Run(
+            second if rank == 1 and second is not None else arguments,
+            environment={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
         for rank in range(world)
     ]
 

@@ -83,7 +83,7 @@ def gradients_of_a_step(dtype, hadamard, function):
             if name.endswith("low_rank_b"):
                 tensor.normal_(generator=generator).mul_(0.01)
     kv = BlockKV(KVQuantizer.of(scheme).prepare(model.family.head_dim, CUDA), prompt)
-    loss = function(layer, entered, hidden, positions, kv)
+    loss, _ = function(layer, entered, hidden, positions, kv)
     return dict(zip(theta, torch.autograd.grad(loss, list(theta.values())), strict=True))
 
 

@@ -24,6 +24,7 @@ MAY_IMPORT = {  # by part of the package; the leaves are open to all
     "configuration": set(),
     "callbacks": {"model", "calibrate"},
     "main": {"cli"},
+    "__main__": {"cli"},
     "report": set(),
     "errors": set(),
     "files": set(),

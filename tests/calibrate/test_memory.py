@@ -41,4 +41,4 @@ def test_memory_grows_with_a_block_and_not_with_the_model(make_checkpoint, fit_a
         peaks[layers] = peak_bytes(fit_arguments(folder, tmp_path / str(layers), RTN, "--data.num_samples=4"))
     assert bytes_of_blocks > 140e6  # eleven blocks; both streams together have half a megabyte
     growth = peaks[LAYERS] - peaks[1]
-    assert growth < bytes_of_blocks / 3, f"{growth / 1e6:.0f} MB more for {bytes_of_blocks / 1e6:.0f} MB of blocks"
+    assert growth < bytes_of_blocks / 2, f"{growth / 1e6:.0f} MB more for {bytes_of_blocks / 1e6:.0f} MB of blocks"

@@ -54,7 +54,7 @@ def test_micro_batches_give_the_theta_of_whole_ones(problem, micro_batch):
     whole, loss = problem.train(Optimization(), epochs=2)
     parts, loss_of_parts = problem.train(Optimization(), epochs=2, micro_batch=micro_batch)
     for name in whole:
-        torch.testing.assert_close(parts[name], whole[name], rtol=0, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(parts[name], whole[name], rtol=0, atol=5e-6, msg=lambda m, n=name: f"{n}: {m}")
     assert loss_of_parts == pytest.approx(loss, rel=1e-5)
 
 

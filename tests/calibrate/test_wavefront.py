@@ -10,13 +10,9 @@ import pytest
 from bisup_lightning.cli import main
 from tests.inputs import fit_command
 from tests.processes import ranks, wait_for_all
-from tests.tools import BISUP, GPTQ, contents, timeless
+from tests.tools import BISUP, EAGER, GPTQ, contents, timeless
 
 EPOCHS = 3
-EAGER = (  # fronts as often as can be
-    "--trainer.callbacks=[{class_path: callbacks.bf16.BF16}, {class_path: callbacks.fuse.Fuse}, "
-    "{class_path: callbacks.checkpoint.BlockCheckpoint, init_args: {every_n_seconds: 0, streams_every_n_seconds: 0}}]"
-)
 WAVEFRONT, DATA = "--parallel.mode=wavefront", "--parallel.mode=data"
 
 
