@@ -16,6 +16,7 @@ class WalkProgress(WalkCallback):
     """Shows block i of N, epoch, loss against its start, elapsed time, ETA and device memory.
 
     On a terminal the line is live, and each finished block leaves a line above it; elsewhere only those lines appear.
+    Of several processes, the first one's line shows where all of them are.
     """
 
     def __init__(self) -> None:
@@ -26,7 +27,7 @@ class WalkProgress(WalkCallback):
     def on_walk_start(self, walk: BlockWalk) -> None:
         """Open the line."""
         self.walk, self.num_blocks, self.device = walk, walk.model.num_layers, walk.model.device
-        if self.console.is_terminal:
+        if self.console.is_terminal and walk.ranks.leads:
             self.live = Live(console=self.console, refresh_per_second=4, transient=True)
             self.live.start()
 
@@ -50,7 +51,8 @@ class WalkProgress(WalkCallback):
         change = f"loss {result.loss_initial:.3e} → {result.loss_final:.3e} (relative {result.relative_mse:.2e})"
         kept = " · kept its start" if result.kept_start and self.trained else ""
         line = f"block {result.index + 1}/{self.num_blocks} · {change} · {result.seconds:.1f} s{kept}{self._memory()}"
-        (self.live.console if self.live else self.console).print(line)
+        if not walk.share.member:  # the others of its stage would only repeat it
+            (self.live.console if self.live else self.console).print(line)
 
     def on_walk_end(self, walk: BlockWalk) -> None:
         """Close the line."""
@@ -67,7 +69,13 @@ class WalkProgress(WalkCallback):
             self.live = None
 
     def _show(self, now: str) -> None:
+        ranks, share = self.walk.ranks, self.walk.share
+        if not share.member:
+            ranks.tell(f"progress/{ranks.rank}", now)
         if self.live is not None and self.first is not None:
+            keys = [f"progress/{rank}" for rank in range(0, ranks.world, share.members)]
+            if len(keys) > 1:
+                now = " | ".join(ranks.announced(key) for key in keys if ranks.heard(key))
             elapsed = time.perf_counter() - self.started
             done = self.index - self.first
             left = f" · {_clock(elapsed / done * (self.num_blocks - self.index))} left" if done else ""

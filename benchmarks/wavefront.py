@@ -1,0 +1,103 @@
+"""How long several GPUs would take, from the wavefront's time table and what one GPU needs: no GPU is used.
+
+    python -m benchmarks.wavefront --shape 70b --forward_seconds 0.75 --gigabytes_per_second 200
+
+Every block passes, in units of one forward pass over the text: full-precision pass 1, epochs of 3 (forward and
+backward), then the start's loss and the fused block's outputs, 1 each. A stage waits for what `Schedule` says that it
+trains on. The walk is played through event by event, and compared with the schedule's own count of epochs.
+"""
+
+import argparse
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from bisup_lightning.calibrate.schedule import Schedule
+
+SHAPES = {"8b": (32, 4096), "32b": (64, 5120), "70b": (80, 8192)}  # blocks, hidden size
+SEQUENCES, LENGTH, EPOCHS = 128, 2048, 5
+PASS, STEP, END = 1.0, 3.0, 2.0  # full precision; an epoch; the start's loss and the fused outputs
+
+
+@dataclass(frozen=True)
+class Played:
+    """What a walk took.
+
+    Args:
+        seconds: From the first block's beginning to the last one's end.
+        busy: Share of all stages' time that they computed.
+        bytes_sent: By one process to its successor, in all.
+    """
+
+    seconds: float
+    busy: float
+    bytes_sent: float
+
+
+def play(schedule: Schedule, forward: float, stream_bytes: float, bandwidth: float) -> Played:
+    """Play a wavefront through.
+
+    Args:
+        schedule: Who learns what, on what.
+        forward: Seconds of one forward pass of a block over the text, on one stage.
+        stream_bytes: Size of one member's part of a stream.
+        bandwidth: Bytes per second from stage to stage; messages are sent beside the computation.
+    """
+    travel = stream_bytes / bandwidth if schedule.stages > 1 else 0.0
+    free = [0.0] * schedule.stages
+    given: dict[tuple[int, int], float] = {}  # when a version of a block's outputs has arrived
+    target: dict[int, float] = {}
+    busy = sent = 0.0
+    for block in range(schedule.first, schedule.end):
+        stage = schedule.stage_of(block)
+        now = max(free[stage], target.get(block - 1, 0.0)) + PASS * forward
+        target[block] = now + travel
+        for epoch in range(schedule.epochs):
+            if block > schedule.first:
+                now = max(now, given[block - 1, schedule.version(block, epoch)])
+            now += STEP * forward
+            given[block, epoch] = now + travel
+        now += END * forward
+        given[block, schedule.final] = now + travel
+        free[stage] = now
+        busy += (PASS + STEP * schedule.epochs + END) * forward
+        if block + 1 < schedule.end:
+            sent += stream_bytes * (1 + len(schedule.versions(block + 1)))
+    seconds = max(free)
+    return Played(seconds, busy / (seconds * schedule.stages), sent / schedule.stages)
+
+
+def main() -> None:
+    """Print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="70b")
+    parser.add_argument("--forward_seconds", type=float, required=True, help="of one block over the text, on one GPU")
+    parser.add_argument("--gigabytes_per_second", type=float, default=200.0, help="from GPU to GPU")
+    parser.add_argument("--gpus", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 40])
+    given = parser.parse_args()
+    blocks, hidden = SHAPES[given.shape]
+    stream = SEQUENCES * LENGTH * hidden * 2  # bfloat16
+    one = play(Schedule(0, blocks, 1, EPOCHS), given.forward_seconds, stream, 1.0).seconds
+    table = Table("GPUs", "stages × members", "minutes", "speed-up", "of the ideal", "busy", "sent by each (GB)",
+                  "streams of each (GB)")  # fmt: skip
+    for gpus in given.gpus:
+        for stages in range(1, EPOCHS + 1):
+            members = gpus // stages
+            if gpus % stages or members > 8:  # a batch of 8 has no more parts
+                continue
+            played = play(
+                Schedule(0, blocks, stages, EPOCHS), given.forward_seconds / members, stream / members,
+                1e9 * given.gigabytes_per_second,
+            )  # fmt: skip
+            copies = 3 if stages == 1 else 6  # inputs, target, outputs; those arriving, and two on their way
+            table.add_row(
+                str(gpus), f"{stages} × {members}", f"{played.seconds / 60:.1f}", f"{one / played.seconds:.2f}",
+                f"{100 * one / played.seconds / gpus:.0f} %", f"{100 * played.busy:.0f} %",
+                f"{played.bytes_sent / 1e9:.0f}", f"{copies * stream / members / 1e9:.1f}",
+            )  # fmt: skip
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()

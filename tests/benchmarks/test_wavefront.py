@@ -1,0 +1,36 @@
+"""The simulator agrees with the time table where passes cost nothing, and with plain arithmetic for one GPU."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks import wavefront
+from benchmarks.wavefront import play
+from bisup_lightning.calibrate.schedule import Schedule
+
+
+def test_one_stage_computes_one_block_after_another():
+    played = play(Schedule(0, 8, 1, 5), 2.0, 1e9, 1e9)
+    assert played.seconds == pytest.approx(8 * (1 + 5 * 3 + 2) * 2.0)
+    assert played.busy == pytest.approx(1.0)
+
+
+@given(st.integers(1, 40), st.integers(1, 5))
+def test_without_passes_it_takes_as_many_epochs_as_the_time_table(blocks, stages):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(wavefront, "PASS", 0.0)
+        patch.setattr(wavefront, "END", 0.0)
+        schedule = Schedule(0, blocks, stages, 5)
+        assert play(schedule, 1 / 3, 0.0, 1.0).seconds == pytest.approx(schedule.length)
+
+
+def test_four_stages_are_held_up_by_what_stands_between_two_final_versions():
+    """An epoch, the start's loss and the fused outputs: 5 of the 18 forward passes of a block."""
+    long = play(Schedule(0, 4000, 4, 5), 1.0, 0.0, 1.0).seconds / 4000
+    assert long == pytest.approx(5.0, rel=0.01)
+
+
+def test_every_version_that_is_trained_on_is_sent_once():
+    schedule = Schedule(0, 3, 2, 5)
+    assert [schedule.versions(block) for block in (1, 2)] == [[0, 1, 2, 3, 4], [3, 4]]
+    assert play(schedule, 1.0, 7.0, 1.0).bytes_sent == 7.0 * ((1 + 5) + (1 + 2)) / 2
