@@ -35,7 +35,9 @@ class Played:
     bytes_sent: float
 
 
-def play(schedule: Schedule, forward: float, stream_bytes: float, bandwidth: float) -> Played:
+def play(
+    schedule: Schedule, forward: float, stream_bytes: float, bandwidth: float, independent: bool = False
+) -> Played:
     """Play a wavefront through.
 
     Args:
@@ -43,6 +45,7 @@ def play(schedule: Schedule, forward: float, stream_bytes: float, bandwidth: flo
         forward: Seconds of one forward pass of a block over the text, on one stage.
         stream_bytes: Size of one member's part of a stream.
         bandwidth: Bytes per second from stage to stage; messages are sent beside the computation.
+        independent: Whether blocks learn on full-precision inputs, so that nothing but those is waited for and sent.
     """
     travel = stream_bytes / bandwidth if schedule.stages > 1 else 0.0
     free = [0.0] * schedule.stages
@@ -54,7 +57,7 @@ def play(schedule: Schedule, forward: float, stream_bytes: float, bandwidth: flo
         now = max(free[stage], target.get(block - 1, 0.0)) + PASS * forward
         target[block] = now + travel
         for epoch in range(schedule.epochs):
-            if block > schedule.first:
+            if block > schedule.first and not independent:
                 now = max(now, given[block - 1, schedule.version(block, epoch)])
             now += STEP * forward
             given[block, epoch] = now + travel
@@ -62,8 +65,8 @@ def play(schedule: Schedule, forward: float, stream_bytes: float, bandwidth: flo
         given[block, schedule.final] = now + travel
         free[stage] = now
         busy += (PASS + STEP * schedule.epochs + END) * forward
-        if block + 1 < schedule.end:
-            sent += stream_bytes * (1 + len(schedule.versions(block + 1)))
+        if block + 1 < schedule.end and schedule.stages > 1:
+            sent += stream_bytes * (1 + (0 if independent else len(schedule.versions(block + 1))))
     seconds = max(free)
     return Played(seconds, busy / (seconds * schedule.stages), sent / schedule.stages)
 
@@ -74,25 +77,28 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="70b")
     parser.add_argument("--forward_seconds", type=float, required=True, help="of one block over the text, on one GPU")
     parser.add_argument("--gigabytes_per_second", type=float, default=200.0, help="from GPU to GPU")
-    parser.add_argument("--gpus", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 40])
+    parser.add_argument("--gpus", type=int, nargs="+", default=[1, 8, 64, 512])
     given = parser.parse_args()
     blocks, hidden = SHAPES[given.shape]
     stream = SEQUENCES * LENGTH * hidden * 2  # bfloat16
     one = play(Schedule(0, blocks, 1, EPOCHS), given.forward_seconds, stream, 1.0).seconds
-    table = Table("GPUs", "stages × members", "minutes", "speed-up", "of the ideal", "busy", "sent by each (GB)",
-                  "streams of each (GB)")  # fmt: skip
+    table = Table(
+        "GPUs", "mode", "stages × members", "minutes", "speed-up", "of the ideal", "busy", "sent by each (GB)",
+        "streams of each (GB)",
+    )  # fmt: skip
     for gpus in given.gpus:
-        for stages in range(1, EPOCHS + 1):
-            members = gpus // stages
-            if gpus % stages or members > 8:  # a batch of 8 has no more parts
+        ways = [("wavefront" if stages > 1 else "data", stages) for stages in range(1, EPOCHS + 1) if not gpus % stages]
+        for mode, stages in [*ways, ("independent", min(gpus, blocks))]:
+            members = 1 if mode == "independent" else gpus // stages
+            if members > 8:  # a batch of 8 has no more parts
                 continue
             played = play(
                 Schedule(0, blocks, stages, EPOCHS), given.forward_seconds / members, stream / members,
-                1e9 * given.gigabytes_per_second,
+                1e9 * given.gigabytes_per_second, mode == "independent",
             )  # fmt: skip
-            copies = 3 if stages == 1 else 6  # inputs, target, outputs; those arriving, and two on their way
+            copies = 6 if mode == "wavefront" else 3  # inputs, target, outputs; those arriving, and two on their way
             table.add_row(
-                str(gpus), f"{stages} × {members}", f"{played.seconds / 60:.1f}", f"{one / played.seconds:.2f}",
+                str(gpus), mode, f"{stages} × {members}", f"{played.seconds / 60:.1f}", f"{one / played.seconds:.2f}",
                 f"{100 * one / played.seconds / gpus:.0f} %", f"{100 * played.busy:.0f} %",
                 f"{played.bytes_sent / 1e9:.0f}", f"{copies * stream / members / 1e9:.1f}",
             )  # fmt: skip

@@ -159,7 +159,9 @@ def time_line(run: Run) -> str:
     rows = [block["index"] + 1 for block in blocks]
     left = [0.0] * len(blocks)
     phases = [block.get("phases", {"in all": block["seconds"]}) for block in blocks]  # runs of old have no parts
-    for place, phase in enumerate(max(phases, key=len)):  # a block that none had to be waited for has one part less
+    for place, phase in enumerate(
+        max(phases, key=lambda parts: len(parts))
+    ):  # a block that none had to be waited for has one part less
         values = [seconds.get(phase, 0.0) / scale for seconds in phases]
         colour, hatch = PHASES[place % len(PHASES)]
         label = f"{phase} {100 * scale * sum(values) / total:.0f} %"

@@ -25,9 +25,19 @@ def test_without_passes_it_takes_as_many_epochs_as_the_time_table(blocks, stages
 
 
 def test_four_stages_are_held_up_by_what_stands_between_two_final_versions():
-    """An epoch, the start's loss and the fused outputs: 5 of the 18 forward passes of a block."""
-    long = play(Schedule(0, 4000, 4, 5), 1.0, 0.0, 1.0).seconds / 4000
-    assert long == pytest.approx(5.0, rel=0.01)
+    """An epoch, the start's loss and the fused outputs; every fourth block trains two epochs on final inputs."""
+    schedule = Schedule(0, 4000, 4, 5)
+    final = [[schedule.version(block, epoch) for epoch in range(5)].count(4) for block in range(4, 8)]
+    assert sorted(final) == [1, 1, 1, 2]
+    played = play(schedule, 1.0, 0.0, 1.0).seconds / 1000
+    assert played == pytest.approx(sum(3 * epochs + 2 for epochs in final), rel=0.01)
+
+
+def test_independent_blocks_wait_for_full_precision_inputs_alone():
+    """With a stage for each block: the passes of all blocks, then what is left of the last one."""
+    played = play(Schedule(0, 10, 10, 5), 1.0, 7.0, 1e30, independent=True)
+    assert played.seconds == pytest.approx(10 + 5 * 3 + 2)
+    assert played.bytes_sent == 9 * 7.0 / 10
 
 
 def test_every_version_that_is_trained_on_is_sent_once():
