@@ -257,7 +257,7 @@ def processes(config: Namespace) -> int:
     return count
 
 
-def make_job(parser: LightningArgumentParser, config: Namespace, signals: Signals, ranks: Ranks) -> Job:
+def make_job(parser: LightningArgumentParser, config: Namespace, signals: Signals, ranks: Ranks = Ranks()) -> Job:  # noqa: B008
     """What `fit` was asked for, from its parsed configuration; where several processes run, as one of them."""
     if config.trainer.deterministic:  # from the first forward pass on, not only where a Trainer trains
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -413,7 +413,7 @@ def recorded_job(run_dir: Path, signals: Signals, accelerator: str | None = None
     config.run_dir = run_dir
     config.trainer.accelerator = accelerator or config.trainer.accelerator
     config.parallel.stages, config.trainer.devices = None, 1
-    return make_job(parser, config, signals, Ranks())
+    return make_job(parser, config, signals)
 
 
 def test(options: Namespace, signals: Signals) -> dict[str, Any]:

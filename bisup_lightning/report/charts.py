@@ -158,10 +158,8 @@ def time_line(run: Run) -> str:
     figure, axes = _axes(HALF, 3, xlabel=f"time ({unit})", ylabel="block")
     rows = [block["index"] + 1 for block in blocks]
     left = [0.0] * len(blocks)
-    phases = [block.get("phases", {"in all": block["seconds"]}) for block in blocks]  # runs of old have no parts
-    for place, phase in enumerate(
-        max(phases, key=lambda parts: len(parts))
-    ):  # a block that none had to be waited for has one part less
+    phases: list[dict[str, float]] = [block.get("phases", {"in all": block["seconds"]}) for block in blocks]
+    for place, phase in enumerate(max(phases, key=lambda parts: len(parts))):  # not every block had to wait
         values = [seconds.get(phase, 0.0) / scale for seconds in phases]
         colour, hatch = PHASES[place % len(PHASES)]
         label = f"{phase} {100 * scale * sum(values) / total:.0f} %"

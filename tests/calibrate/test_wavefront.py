@@ -82,7 +82,7 @@ def test_what_was_measured_is_what_the_model_gives(wavefront, checkpoint):
     assert results["perplexity"]
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_killed_at_random_moments_it_ends_in_the_same_bytes(wavefront, command, tmp_path, seed):
     whole, world = wavefront
     if world == 4 and seed:

@@ -13,6 +13,8 @@ from rich.console import Console
 from safetensors import safe_open
 
 from bisup_lightning.calibrate.events import WalkCallback
+from bisup_lightning.calibrate.parallel import Ranks
+from bisup_lightning.data.share import WHOLE
 from bisup_lightning.model.block import is_fused
 from callbacks.bf16 import BF16
 from callbacks.progress import WalkProgress
@@ -215,7 +217,8 @@ def test_progress_gives_the_terminal_back():
     """The cursor hides while the line is live; it is back when the walk ends."""
     progress, text = WalkProgress(), io.StringIO()
     progress.console = Console(file=text, force_terminal=True, width=100)
-    walk = SimpleNamespace(model=SimpleNamespace(num_layers=2, device=torch.device("cpu")))
+    model = SimpleNamespace(num_layers=2, device=torch.device("cpu"))
+    walk = SimpleNamespace(model=model, ranks=Ranks(), share=WHOLE)
     progress.on_walk_start(walk)
     progress.on_block_start(walk, 0)
     assert "\x1b[?25l" in text.getvalue()
