@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test faults check
+.PHONY: demo test test-slow faults check
 .DELETE_ON_ERROR:
 
 demo: .venv/requirements.stamp
@@ -11,7 +11,10 @@ demo: .venv/requirements.stamp
 	$(BIN)/python main.py compare runs/demo-rtn runs/demo
 
 test: .venv/requirements-dev.stamp
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal -m "not slow"
+
+test-slow: .venv/requirements-dev.stamp
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal -m slow
 
 faults: .venv/requirements-dev.stamp  # kills, full and broken disks, damaged files: ten minutes on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults --kills 200

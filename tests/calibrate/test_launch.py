@@ -74,6 +74,7 @@ def test_a_killed_rank_ends_all_and_is_named_and_the_same_command_goes_on(launch
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids.values())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_signal_to_the_launcher_saves_the_training_and_ends_all(launched, tmp_path):
     process = launched("manifest.json", DATA, TWO, "--solver.epochs=4000")

@@ -117,6 +117,7 @@ def test_a_run_in_low_memory_gives_the_same_model(checkpoint, fit, tmp_path):
             assert (first[key] != second[key]).float().mean() < 0.01, key  # a tie that another order of a sum decides
 
 
+@pytest.mark.slow
 def test_a_run_in_low_memory_resumes_to_the_byte(monkeypatch, checkpoint, fit_arguments, tmp_path):
     settings = (BISUP, "--solver.epochs=2", LOW, EAGER, with_callback(Interrupt))
     command = fit_arguments(checkpoint, tmp_path / "cut", *settings)

@@ -118,6 +118,7 @@ def test_a_run_that_was_killed(command, run, undisturbed):
     assert_same_run(run, undisturbed)
 
 
+@pytest.mark.slow
 def test_training_goes_on_at_the_step_where_it_was_saved(monkeypatch, fit_arguments, make_checkpoint, tmp_path):
     """Cut off at a step, then at every one or two steps in one run; saved behind each."""
     checkpoint = make_checkpoint(num_hidden_layers=2)

@@ -82,7 +82,7 @@ def test_what_was_measured_is_what_the_model_gives(wavefront, checkpoint):
     assert results["perplexity"]
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_it_ends_in_the_same_bytes(wavefront, command, tmp_path, seed):
     whole, world = wavefront
     if world == 4 and seed:
@@ -122,6 +122,7 @@ def test_it_goes_on_from_a_front(wavefront, command, tmp_path):
     assert contents(run / "model") == contents(whole / "model")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("world", "mode"), [(1, "none"), (2, "data"), (2, "wavefront")])
 def test_other_processes_go_on_behind_the_finished_blocks(command, plain, tmp_path, world, mode):
     run = tmp_path / "run"
@@ -141,6 +142,7 @@ def test_other_processes_go_on_behind_the_finished_blocks(command, plain, tmp_pa
     assert stages == sorted(stages, reverse=mode != "wavefront")
 
 
+@pytest.mark.slow
 def test_a_block_that_can_not_learn_keeps_its_start_and_its_successor_goes_on(command, tmp_path):
     """A rate at which training is no better than the start; and one at which it is NaN, twice."""
     for rate in (0.0, 1e9):
@@ -159,6 +161,7 @@ def test_data_parallel_is_one_process_but_for_the_order_of_sums(command, plain, 
         assert b["loss_final"] == pytest.approx(a["loss_final"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_data_parallel_resumes_inside_a_block_and_from_streams(command, tmp_path):
     whole, run = tmp_path / "whole", tmp_path / "run"
     finish(2, command(whole, DATA))

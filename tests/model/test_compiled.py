@@ -60,7 +60,14 @@ def test_what_will_be_compiled_does_not_load_the_compiler():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-@pytest.mark.parametrize(("name", "prompt_length"), [("row", 0), ("groups", 1), ("hadamard", 5), ("outliers", 1)])
+@pytest.mark.parametrize(
+    ("name", "prompt_length"),
+    [
+        ("groups", 1),
+        ("hadamard", 5),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("row", 0), ("outliers", 1))),
+    ],
+)
 def test_a_training_step_of_every_block_is_one_graph(model, compiled, name, prompt_length):
     """Loss and gradients of the eager step, from one compilation."""
     scheme, (step, counter) = SCHEMES[name], compiled(block_loss)
