@@ -159,7 +159,8 @@ def time_line(run: Run) -> str:
     rows = [block["index"] + 1 for block in blocks]
     left = [0.0] * len(blocks)
     phases: list[dict[str, float]] = [block.get("phases", {"in all": block["seconds"]}) for block in blocks]
-    for place, phase in enumerate(max(phases, key=lambda parts: len(parts))):  # not every block had to wait
+    names: dict[str, float] = max(phases, key=len)  # not every block had to wait
+    for place, phase in enumerate(names):
         values = [seconds.get(phase, 0.0) / scale for seconds in phases]
         colour, hatch = PHASES[place % len(PHASES)]
         label = f"{phase} {100 * scale * sum(values) / total:.0f} %"
