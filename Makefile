@@ -30,4 +30,4 @@ $(BIN)/python:
 .venv/requirements-dev.stamp: requirements.txt  # which it includes
 .venv/%.stamp: %.txt | $(BIN)/python
 	$(BIN)/python -m pip install -r $<
-	touch $@
+	touch .venv/requirements.stamp $@  # requirements-dev.txt includes that one

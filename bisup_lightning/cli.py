@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +65,9 @@ HARMLESS = (
 )  # fmt: skip
 
 
+@cache
 def fit_parser() -> LightningArgumentParser:
-    """The keys of `fit`."""
+    """The keys of `fit`; a third of a second's work, and wanted twice."""
     parser = new_parser("Quantize a checkpoint: walk its blocks, write run_dir/model, measure it.")
     parser.add_argument("--checkpoint", type=str, required=True, help="Folder or hub id of the model to quantize.")
     parser.add_argument(
@@ -123,6 +125,7 @@ def fit_parser() -> LightningArgumentParser:
     return parser
 
 
+@cache
 def build_parser() -> LightningArgumentParser:
     """All subcommands."""
     parser = new_parser("Bring a Llama- or Qwen-family checkpoint to 3- or 4-bit weights, activations and KV cache.")

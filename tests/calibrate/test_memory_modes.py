@@ -143,6 +143,7 @@ def files(monkeypatch):
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [(BISUP, "--solver.epochs=2"), (GPTQ, QUAROT)], ids=["bisup", "gptq-quarot"])
 def test_streams_in_a_file_give_the_same_bytes(files, checkpoint, fit, tmp_path, settings):
     host = fit(checkpoint, tmp_path / "host", *settings, "--streams=host")

@@ -113,6 +113,7 @@ def test_while_it_is_measured(monkeypatch, capsys, command, run, whole, signum, 
     assert contents(run / "model") == whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_a_second_signal_ends_it_on_the_spot(command, run, whole, name):
     """Nothing more is saved, and nothing is lost but what came after the last time that something was."""

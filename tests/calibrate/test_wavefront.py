@@ -175,6 +175,7 @@ def test_data_parallel_resumes_inside_a_block_and_from_streams(command, tmp_path
     assert len(blocks_of(run)) == 5
 
 
+@pytest.mark.slow
 def test_gptq_and_orders_of_channels_add_up_over_the_members(command, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     settings = [GPTQ, "--transform=bisup_lightning.transform.reorder.Atom", "--transform.outliers=8"]
