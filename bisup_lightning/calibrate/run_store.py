@@ -122,10 +122,7 @@ class RunStore:
         recorded, self.files = self._read_manifest()
         self._refuse_difference(recorded, fingerprint)
         self._take_over()
-        try:
-            return self._survey(independent)
-        except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UserError(f"run_dir: {self.run_dir} holds what no run writes ({error})") from error
+        return self._survey(independent)
 
     def join(self, independent: bool = False) -> Progress:
         """Find out how far a run got that the first process has begun.
@@ -205,6 +202,12 @@ class RunStore:
 
     def _survey(self, independent: bool) -> Progress:
         """What of the named files is whole, and how far that reaches. The rest is forgotten."""
+        try:
+            return self._survey_files(independent)
+        except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UserError(f"run_dir: {self.run_dir} holds what no run writes ({error})") from error
+
+    def _survey_files(self, independent: bool) -> Progress:
         whole = {name for name, digest in self.files.items() if self._is_whole(name, digest)}
         if lost := sorted(self.files.keys() - whole):
             what = f"{self.run_dir / lost[0]} is missing or damaged" + (f", and {len(lost) - 1} more" * (len(lost) > 1))
