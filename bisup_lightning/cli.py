@@ -262,7 +262,6 @@ def processes(config: Namespace) -> int:
 
 def make_job(parser: LightningArgumentParser, config: Namespace, signals: Signals, ranks: Ranks = Ranks()) -> Job:  # noqa: B008
     """What `fit` was asked for, from its parsed configuration; where several processes run, as one of them."""
-    check_values(config)
     if config.trainer.deterministic:  # from the first forward pass on, not only where a Trainer trains
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=config.trainer.deterministic == "warn")
@@ -322,6 +321,7 @@ def run(arguments: Sequence[str], signals: Signals) -> int:
     config = parser.parse_args(trust(arguments))
     command, options = config.subcommand, config[config.subcommand]
     if command == "fit":
+        check_values(options)
         place, ranks = environment(), Ranks()
         if place is not None:
             if torch.cuda.is_available():
@@ -416,6 +416,7 @@ def recorded_job(run_dir: Path, signals: Signals, accelerator: str | None = None
     config.run_dir = run_dir
     config.trainer.accelerator = accelerator or config.trainer.accelerator
     config.parallel.stages, config.trainer.devices = None, 1
+    check_values(config)
     return make_job(parser, config, signals)
 
 
