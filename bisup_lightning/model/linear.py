@@ -3,7 +3,7 @@
 Shape suffixes: B sequences, T tokens, O output rows, I input features, G groups, R rank, C columns of a segment.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -13,13 +13,24 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from bisup_lightning.quant import low_rank
-from bisup_lightning.quant.affine import as_stored, dequantize, fake_quantize_segments, quantize, wide
+from bisup_lightning.quant.affine import (
+    as_stored,
+    dequantize,
+    fake_quantize,
+    fake_quantize_segments,
+    kernels,
+    quantize,
+    storable,
+    to_groups,
+    wide,
+)
 from bisup_lightning.quant.clipping import search_weight_clip
 from bisup_lightning.quant.hadamard import apply_hadamard, hadamard_factors
 from bisup_lightning.quant.packing import pack, unpack
 from bisup_lightning.quant.spec import QuantSpec, Segment
 
 LowRankForm = Literal["slrec", "lrec"]
+EVERY = slice(None)
 LOW_RANK = {"slrec": low_rank.slrec, "lrec": low_rank.lrec}
 
 
@@ -177,20 +188,51 @@ class QuantLinear(nn.Module):
         self.low_rank_form = form
         self.low_rank_a, self.low_rank_b = nn.Parameter(a_OR), nn.Parameter(b_RI)
 
-    def compensated_weight(self) -> Tensor:
-        """(W ⊙ (1 + AB)) · s2 [O, I] before quantization, in the wide dtype."""
-        w_OI = self.weight
+    def compensated_weight(self, columns: slice = EVERY) -> Tensor:
+        """(W ⊙ (1 + AB)) · s2 [O, I] before quantization, or some columns of it, in the wide dtype."""
+        w_OC, factors_I = self.weight[:, columns], self.column_factors()
         if self.low_rank_a is not None and self.low_rank_b is not None:
-            w_OI = LOW_RANK[self.low_rank_form](w_OI, self.low_rank_a, self.low_rank_b)
-        if self.smoothing is not None:
-            s_I = self.smoothing if self.smoothing_order is None else self.smoothing[self.smoothing_order]
-            w_OI = w_OI / s_I if self.smoothing_is_inverse else w_OI * s_I
-        return wide(w_OI)
+            w_OC = LOW_RANK[self.low_rank_form](w_OC, self.low_rank_a, self.low_rank_b[:, columns])
+        return wide(w_OC if factors_I is None else w_OC * factors_I[columns])
+
+    def column_factors(self) -> Tensor | None:
+        """s2 [I] (WAS: 1/s1), if there is any."""
+        if self.smoothing is None:
+            return None
+        s_I = self.smoothing if self.smoothing_order is None else self.smoothing[self.smoothing_order]
+        return 1 / s_I if self.smoothing_is_inverse else s_I
 
     def quantized_weight(self, dtype: torch.dtype) -> Tensor:
         """Ŵ [O, I] in a dtype."""
-        w_OI = fake_quantize_segments(self.compensated_weight(), self.segments, list(self.clips), self.storage_dtype)
-        return w_OI.to(dtype)
+        parts = []
+        for segment, columns, clip in self._segments():
+            if segment.spec is None:
+                part_OC = as_stored(self.compensated_weight(columns), self.storage_dtype)
+            elif kernels and kernels.take(self.weight):
+                part_OC, _ = self._rounded_by_kernel(segment.spec, columns, clip, dtype)
+            else:
+                part_OC = fake_quantize(self.compensated_weight(columns), segment.spec, clip, self.storage_dtype)
+            parts.append(part_OC.to(dtype))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+    def _segments(self) -> Iterator[tuple[Segment, slice, Tensor]]:
+        """Each segment with its columns and clip values."""
+        end = 0
+        for segment, clip in zip(self.segments, self.clips, strict=True):
+            yield segment, slice(end, end := end + segment.columns), clip
+
+    def _rounded_by_kernel(
+        self, spec: QuantSpec, columns: slice, clip: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """Some columns of Ŵ in one pass over W that keeps nothing of W's size; and their largest magnitudes [O, G]."""
+        factors_I = self.column_factors()
+        b_RC = None if self.low_rank_b is None else self.low_rank_b[:, columns]
+        assert kernels is not None
+        return kernels.round_weight(
+            self.weight[:, columns], self.low_rank_a, b_RC, None if factors_I is None else factors_I[columns], clip,
+            spec.bits, spec.group_size or columns.stop - columns.start, "none" if b_RC is None else self.low_rank_form,
+            self.storage_dtype, dtype,
+        )[:2]  # fmt: skip
 
     def forward(self, x_BTI: Tensor) -> Tensor:
         """⟨x⟩ Ŵᵀ + bias, in x's dtype."""
@@ -208,14 +250,22 @@ class QuantLinear(nn.Module):
     @torch.no_grad()
     def fuse(self) -> "PackedLinear":
         """The linear with Θ folded in and the weight as integer codes; it computes the same output."""
-        parts = self.compensated_weight().split([segment.columns for segment in self.segments], -1)
         packed = [
-            PackedSegment.of_values(part, self.storage_dtype)
+            PackedSegment.of_values(self.compensated_weight(columns), self.storage_dtype)
             if segment.spec is None
-            else PackedSegment.of_codes(*quantize(part, segment.spec, clip, self.storage_dtype)[:2], segment.spec)
-            for part, segment, clip in zip(parts, self.segments, self.clips, strict=True)
+            else PackedSegment.of_codes(*self._codes(segment.spec, columns, clip), segment.spec)
+            for segment, columns, clip in self._segments()
         ]
         return PackedLinear(packed, self.bias, self.input_quantizer)
+
+    def _codes(self, spec: QuantSpec, columns: slice, clip: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes [O, C] and scales [O, G] of some columns: those of `quantized_weight`."""
+        if not (kernels and kernels.take(self.weight)):
+            return quantize(self.compensated_weight(columns), spec, clip, self.storage_dtype)[:2]
+        w_OC, absmax_OG = self._rounded_by_kernel(spec, columns, clip, torch.float32)
+        scale_OG = storable(absmax_OG / spec.qmax * clip, self.storage_dtype)
+        codes_OGg = to_groups(w_OC, spec) / scale_OG.unsqueeze(-1)
+        return codes_OGg.round().flatten(-2).to(torch.int16), scale_OG
 
 
 class PackedSegment(nn.Module):

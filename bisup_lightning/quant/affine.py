@@ -5,13 +5,15 @@ All arithmetic runs in float32 or wider, whatever the dtype of the tensors, and 
 """
 
 from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-from bisup_lightning.quant.spec import QuantSpec, Segment
+from bisup_lightning.quant.spec import MIN_SCALE, QuantSpec, Segment
 
-MIN_SCALE = 2.0**-24  # a row of zeros still needs a scale; the smallest number that every 16-bit float format holds
+kernels = import_module("bisup_lightning.quant.kernels") if find_spec("triton") else None
 
 
 def to_groups(x: Tensor, spec: QuantSpec) -> Tensor:
@@ -75,7 +77,17 @@ class _Largest(torch.autograd.Function):
 
 def as_stored(x: Tensor, dtype: torch.dtype | None) -> Tensor:
     """X rounded to the dtype that it will be stored in, kept in its own; the gradient passes straight through."""
-    return x if dtype is None else x + (x.to(dtype).to(x.dtype) - x).detach()
+    return x if dtype in (None, x.dtype) else _there_and_back(x, dtype)
+
+
+@torch.library.custom_op("bisup::there_and_back", mutates_args=())
+def _there_and_back(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """X cast to a dtype and back. An operator, because torch.compile would drop two casts that undo each other."""
+    return x.to(dtype).to(x.dtype)
+
+
+_there_and_back.register_fake(lambda x, dtype: torch.empty_like(x))
+_there_and_back.register_autograd(lambda ctx, grad: (grad, None))
 
 
 def storable(scale: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -145,6 +157,8 @@ def fake_quantize(
 
     Equal, element by element, to `dequantize(*quantize(...))` cast to x's dtype.
     """
+    if kernels and kernels.take(x) and spec.symmetric and clip_G is not None and scale_dtype is None:
+        return kernels.round_rows(x, clip_G, spec.bits, spec.group_size or x.shape[-1])
     x_Gg = wide(to_groups(x, spec))
     scale, offset = scale_and_offset(x_Gg, spec, clip_G, scale_dtype)
     if offset is None:

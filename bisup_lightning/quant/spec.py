@@ -3,6 +3,8 @@
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+MIN_SCALE = 2.0**-24  # a row of zeros still needs a scale; the smallest number that every 16-bit float format holds
+
 Granularity = Literal["row", "group", "tensor", "head", "token"]
 
 

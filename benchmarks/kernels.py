@@ -1,0 +1,89 @@
+"""The quantizers' Triton kernels: time against that of moving the same bytes, on the tensors of an 8B model's MLP.
+
+    python -m benchmarks.kernels [--variants]
+
+The floor is what a copy of as many bytes takes, measured in the same run. `--variants` also tries other tiles.
+"""
+
+import argparse
+import itertools
+
+import torch
+
+from benchmarks.step import GPU, median_ms
+from bisup_lightning.quant import kernels
+
+TOKENS = 16384
+SHAPES = ((14336, 4096), (4096, 14336))
+
+
+def copy_rate() -> float:
+    """Bytes a second, read and written, of a large copy."""
+    source = torch.empty(2**30, dtype=torch.uint8, device=GPU)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / median_ms(lambda: target.copy_(source)) * 1e3
+
+
+def report(name: str, step, moved: int, rate: float) -> None:
+    """Print one row."""
+    step()  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    milliseconds = median_ms(graph.replay)
+    print(
+        f"{name:56} {milliseconds:7.3f} ms, {moved / rate / milliseconds * 1e3:5.2f} of the floor's speed", flush=True
+    )
+
+
+def weight(rows: int, features: int, size: int, rate: float, note: str = "") -> None:
+    """Rounding a weight with all of Θ, and its gradients."""
+    w = torch.randn(rows, features, device=GPU, dtype=torch.bfloat16) * 0.02
+    a, b = torch.randn(rows, 32, device=GPU), torch.randn(32, features, device=GPU) * 0.01
+    s, clip = torch.rand(features, device=GPU) + 0.5, torch.full((rows, features // size), 0.9, device=GPU)
+    grad = torch.randn_like(w)
+    name = f"{rows} x {features}, groups of {size}{note}"
+    options = (w, a, b, s, clip, 4, size, "slrec", torch.bfloat16)
+    out = kernels.round_weight(*options, torch.bfloat16)
+    report(f"round {name}", lambda: kernels.round_weight(*options, torch.bfloat16), 4 * w.numel(), rate)
+    report(f"gradients {name}", lambda: kernels.round_weight_gradient(grad, *out[1:], *options), 8 * w.numel(), rate)
+
+
+def activation(features: int, size: int, rate: float, note: str = "") -> None:
+    """Rounding an activation, and its gradients."""
+    x = torch.randn(TOKENS, features, device=GPU, dtype=torch.bfloat16)
+    clip, grad = torch.full((features // size,), 0.9, device=GPU), torch.randn_like(x)
+    name = f"{TOKENS} tokens x {features}, groups of {size}{note}"
+    report(f"round {name}", lambda: kernels.round_rows(x, clip, 4, size), 4 * x.numel(), rate)
+    report(f"gradients {name}", lambda: kernels.round_rows_gradient(grad, x, clip, 4, size), 6 * x.numel(), rate)
+
+
+def main() -> None:
+    """Measure what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--variants", action="store_true", help="other tiles than the ones in use, too")
+    given = parser.parse_args()
+    rate = copy_rate()
+    print(torch.__version__, torch.cuda.get_device_name(), f"a copy moves {rate / 1e12:.2f} TB/s")
+    for rows, features in SHAPES:
+        for size in (128, features):
+            weight(rows, features, size, rate)
+            activation(features, size, rate)
+    if not given.variants:
+        return
+    for block_o, warps in ((32, 4), (64, 4), (128, 8)):
+        kernels.GROUP_BLOCKS = kernels.ROW_BLOCKS = {"block_o": block_o, "num_warps": warps}
+        for size in (128, 4096):
+            weight(14336, 4096, size, rate, f", {block_o} rows, {warps} warps")
+    for block_i, (block_o, warps), stages in itertools.product((64, 128), ((64, 4), (128, 8)), (1, 2, 3)):
+        kernels.MAX_BLOCK_I = block_i
+        kernels.GRADIENT_BLOCKS = {"block_o": block_o, "num_warps": warps, "num_stages": stages}
+        weight(14336, 4096, 128, rate, f", {block_o} x {block_i}, {warps} warps, {stages} stages")
+    for tile in (2048, 4096, 8192):
+        kernels.ROW_TILE = tile
+        for features, size in ((4096, 128), (4096, 4096), (14336, 14336)):
+            activation(features, size, rate, f", tile {tile}")
+
+
+if __name__ == "__main__":
+    main()

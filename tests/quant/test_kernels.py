@@ -1,0 +1,153 @@
+"""The Triton kernels against the composition that they stand for, which tests/quant/test_affine.py holds to float64.
+
+Need a GPU; or, in float32, `TRITON_INTERPRET=1` and the package triton.
+"""
+
+import importlib.util
+import os
+
+import pytest
+import torch
+
+from bisup_lightning.model import linear as linear_module
+from bisup_lightning.model.linear import InputQuantizer, QuantLinear
+from bisup_lightning.quant import affine
+from bisup_lightning.quant.spec import QuantSpec, Segment
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPES = [torch.float32] if INTERPRETED else [torch.float32, torch.bfloat16, torch.float16]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available() and not INTERPRETED, reason="needs a CUDA device"),
+]
+STORAGE = torch.float16 if INTERPRETED else torch.bfloat16  # the interpreter cuts bfloat16 off instead of rounding
+SHAPES = [(4, 32, 128), (3, 128, 256), (4, None, 200), (8, None, 96), (2, 24, 72)]  # bits, group size, features
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+    if INTERPRETED:
+        monkeypatch.setattr(affine.kernels, "take", lambda x: x.dtype in affine.kernels.STORED)
+
+
+@pytest.fixture
+def without_kernels(monkeypatch):
+    """Calls a function as it would run where there are no kernels."""
+
+    def call(function):
+        with monkeypatch.context() as patched:
+            patched.setattr(affine, "kernels", None)
+            patched.setattr(linear_module, "kernels", None)
+            return function()
+
+    return call
+
+
+def random(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def assert_same_values(actual, expected):
+    """But for Δ's last digit, and the few that lie halfway between two points of the grid to within a digit."""
+    digits = 2e-6 if actual.dtype == torch.float32 else 1e-2
+    assert ((actual - expected).abs() > digits * expected.abs()).float().mean() <= 5e-3
+
+
+def assert_same_gradients(actual, expected):
+    """Sums of many terms in another order."""
+    for one, other in zip(actual, expected, strict=True):
+        assert one.shape == other.shape
+        assert one.dtype == other.dtype
+        digits = 1e-4 if other.dtype == torch.float32 else 1e-2
+        digits *= 10 if other.numel() == 1 else 1  # the terms of a lone clip value's gradient nearly cancel
+        assert (one - other).float().norm() <= digits * other.float().norm().clamp_min(1e-12)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("bits", "group_size", "features"), SHAPES)
+@pytest.mark.parametrize("granularity", ["tensor", "group"])
+def test_activations_round_alike_with_the_same_gradients(
+    without_kernels, dtype, bits, group_size, features, granularity
+):
+    segment = Segment(features, QuantSpec(bits, granularity=granularity, group_size=group_size))
+    quantizer = InputQuantizer([segment], 0.8, None).to(DEVICE)
+    x_BTI = random(3, 7, features + 5, dtype=dtype)[..., 5:].requires_grad_()  # strided rows
+    x_BTI.data[0, 0] = 0
+    grad_BTI = random(3, 7, features, dtype=dtype, seed=1)
+
+    def run():
+        out_BTI = quantizer(x_BTI)
+        return out_BTI, torch.autograd.grad(out_BTI, [x_BTI, *quantizer.clips], grad_BTI)
+
+    out, gradients = run()
+    expected, expected_gradients = without_kernels(run)
+    assert_same_values(out, expected)
+    assert_same_gradients(gradients, expected_gradients)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("bits", "group_size", "features"), SHAPES)
+@pytest.mark.parametrize(
+    ("granularity", "form", "smoothing"),
+    [
+        ("row", "slrec", "soft"),
+        ("row", "lrec", "hard"),
+        ("group", "slrec", None),
+        ("tensor", None, "soft"),
+        ("row", None, None),
+    ],
+)
+def test_weights_round_alike_with_the_same_gradients(
+    without_kernels, dtype, bits, group_size, features, granularity, form, smoothing
+):
+    rows, rank, outliers = 70, 12, 8
+    spec = QuantSpec(bits, granularity=granularity, group_size=group_size)
+    segments = [Segment(features, spec), Segment(outliers, QuantSpec(8)), Segment(outliers, None)]
+    features += 2 * outliers
+    weight = random(rows, features, dtype=dtype) * 0.05
+    weight[3] = 0
+    linear = QuantLinear(weight, None, segments, torch.nn.Identity(), STORAGE)
+    if form is not None:
+        linear.add_low_rank(form, random(rows, rank, seed=2) * 0.2, random(rank, features, seed=3) * 0.02)
+    factors_I = torch.nn.Parameter(random(features, seed=4).abs() + 0.5)
+    if smoothing == "soft":
+        linear.add_smoothing(factors_I)
+    elif smoothing == "hard":
+        linear.tie_smoothing(factors_I, torch.randperm(features).to(DEVICE))
+    theta = [tensor for name, tensor in linear.named_parameters() if name != "clips.2"]  # that of no quantizer
+    grad_OI = random(rows, features, dtype=dtype, seed=1)
+
+    def run():
+        out_OI = linear.quantized_weight(dtype)
+        return out_OI, torch.autograd.grad(out_OI, theta, grad_OI)
+
+    out, gradients = run()
+    expected, expected_gradients = without_kernels(run)
+    if form is None:
+        assert_same_values(out, expected)
+    else:  # AB may round the other way in its last digit, and W then to the next point of the grid
+        assert ((out - expected).abs() > 1e-3 * expected.abs()).float().mean() < 0.01
+    assert_same_gradients(gradients, expected_gradients)
+    dense_OI = linear.fuse().dense_weight()
+    assert torch.equal(dense_OI.to(dtype), out)  # what was learned with is what is stored
+
+
+def test_a_value_that_is_not_finite_is_seen():
+    quantizer = InputQuantizer([Segment(64, QuantSpec(4))], 0.9, None).to(DEVICE)
+    for value in (torch.nan, torch.inf):
+        x_TI = random(3, 64)
+        x_TI[1, 5] = value
+        assert not quantizer(x_TI)[1].isfinite().all()
+
+
+def test_gradients_are_the_same_to_the_bit_each_time():
+    linear = QuantLinear(
+        random(300, 256) * 0.05, None, [Segment(256, QuantSpec(4, group_size=64))], torch.nn.Identity(), STORAGE
+    )
+    linear.add_low_rank("slrec", random(300, 32), random(32, 256) * 0.01)
+    grads = [
+        torch.autograd.grad(linear.quantized_weight(torch.float32), list(linear.parameters()), random(300, 256, seed=5))
+        for _ in range(2)
+    ]
+    assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True))
