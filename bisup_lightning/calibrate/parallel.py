@@ -181,11 +181,13 @@ def take_place(ranks: Ranks, stages: int, members: int, device: torch.device) ->
         for s in range(stages):
             for m in range(members):
                 sender, receiver = s * members + m, (s + 1) % stages * members + m
-                group = dist.new_group([sender, receiver])
+                group, name = dist.new_group([sender, receiver]), f"{sender}-{receiver}"
                 if ranks.rank == sender:
-                    links["downstream"] = Link(receiver, group, device)
+                    links["downstream"] = Link(receiver, group, device, ranks, name)
+                    links["downstream"].connect(sending=True)
                 if ranks.rank == receiver:
-                    links["upstream"] = Link(sender, group, device)
+                    links["upstream"] = Link(sender, group, device, ranks, name)
+                    links["upstream"].connect(sending=False)
     return Place(stages, members, stage, member, share, **links)
 
 

@@ -5,6 +5,7 @@ Shape suffixes: N sequences, T tokens, D hidden size, B batch, P prompt tokens.
 
 from collections import deque
 from collections.abc import Collection, Iterator
+from concurrent.futures import Future
 from typing import Any
 
 import torch
@@ -161,6 +162,7 @@ class Wavefront(Chain):
         super().__init__(range(front.schedule.first, front.schedule.end), place, stream, prompt_1PD)
         self._called = -1  # time of the last front that was called
         self._fronts: deque[str] = deque()
+        self._on_their_way: deque[Future[None]] = deque()  # versions that were sent from a training pass
         self.inputs: LayerInputs
         self._received = self._given = -1  # newest version of the inputs here, of the outputs passed on
         self._outputs: Tensor | None = None  # of the epoch at hand, if the successor wants them
@@ -190,8 +192,8 @@ class Wavefront(Chain):
         """Take the newest inputs that are sure to be there, and make room for outputs that are wanted."""
         self._receive(self.schedule.version(self.block, epoch))
         if self._outputs is None and epoch < self.schedule.final and epoch in self._wanted():
-            assert self.place.downstream is not None
-            self.place.downstream.flush(keep=1)
+            while len(self._on_their_way) > 1:  # no more of them in memory
+                self._on_their_way.popleft().result()
             self._outputs = self.inputs.home.empty_like(self.inputs.q)
 
     def _receive(self, version: int) -> None:
@@ -211,7 +213,7 @@ class Wavefront(Chain):
         """Pass it on; what the last epoch gave is not wanted, but what the fused block gives."""
         if self._outputs is not None and epoch in self._wanted():  # not what a second attempt gives once more
             assert self.place.downstream is not None
-            self.place.downstream.send(self._outputs)
+            self._on_their_way.append(self.place.downstream.send(self._outputs))
             self._given, self._outputs, self._rows = epoch, None, []
 
     def receive_final(self) -> None:
