@@ -218,6 +218,7 @@ def page_of(cells_by_table: dict[str, list[Cell]], options: argparse.Namespace) 
         "python",
         *command_of(next(iter(runs)), argparse.Namespace(**vars(options) | {"runs": Path("runs")}))[1:],
     ]
+    missing = len(set().union(*cells_by_table.values())) - len(runs)
     parts = [
         f"# The paper's ablations on {Path(options.checkpoint).name}\n",
         f"{len(runs)} runs on {'; '.join(machines)}, written by\n",
@@ -225,6 +226,7 @@ def page_of(cells_by_table: dict[str, list[Cell]], options: argparse.Namespace) 
         f"Each is one `fit`, the first of them\n\n```bash\n{shlex.join(example)}\n```\n",
         "Perplexity of the quantized model; ± is half the range over seeds. A method without `prompt` or `BiSup` in "
         "its name quantizes the first token like any other, as the paper's baselines do.\n",
+        *([f"{missing} runs of the grid are still to be made; a dash stands for them.\n"] if missing else []),
     ]
     for table, cells in cells_by_table.items():
         known = [runs[cell] for cell in dict.fromkeys(cells) if cell in runs]

@@ -319,7 +319,7 @@ def _keep_rows(ctx, inputs, output):
 round_rows.register_autograd(_round_rows_backward, setup_context=_keep_rows)
 
 
-# Tiles [rows, columns] and warps, as measured on an H100 (benchmarks/kernels.py).
+# Tiles [rows, columns] and warps, as measured on an H100 (benchmarks/quantizers.py).
 GROUP_BLOCKS = {"block_o": 64, "num_warps": 4}
 ROW_BLOCKS = {"block_o": 32, "num_warps": 4}
 GRADIENT_BLOCKS = {"block_o": 64, "num_warps": 4, "num_stages": 3}

@@ -1,6 +1,6 @@
 """The quantizers' Triton kernels: time against that of moving the same bytes, on the tensors of an 8B model's MLP.
 
-    python -m benchmarks.kernels [--variants]
+    python -m benchmarks.quantizers [--variants]
 
 The floor is what a copy of as many bytes takes, measured in the same run. `--variants` also tries other tiles.
 """
