@@ -9,10 +9,10 @@ class Schedule:
     """A wavefront of `stages` processes over the blocks; time is counted in epochs.
 
     A block begins an epoch behind its predecessor, and where its stage is free: start(b) = max(start(b−1) + 1,
-    start(b−K) + E). Its epoch e then trains on the newest version of its inputs that is sure to be there: what the
-    predecessor gave during its epoch start(b) − start(b−1) − 1 + e, or from its last epoch on, what it gives once it
-    is fused. So the last epoch of every block sees what the quantized model will really feed it, and with one stage
-    all epochs do.
+    start(b−K) + E). Its epoch e then trains on the newest version of its inputs that is sure to be there, which the
+    predecessor gave during its epoch start(b) − start(b−1) − 1 + e; its last epoch on what the fused predecessor gives.
+    So the last epoch of every block sees what the quantized model will really feed it. No other epoch waits for that,
+    even where it could have it: blocks would stand in line. With one stage it is there anyway, for all epochs.
 
     Args:
         first: The first block; those before it are finished.
@@ -58,9 +58,9 @@ class Schedule:
 
     def version(self, block: int, epoch: int) -> int:
         """Which version of its predecessor's outputs a block trains on in an epoch."""
-        if block == self.first:
+        if block == self.first or self.stages == 1 or epoch == self.epochs - 1:
             return self.final
-        return min(self.start(block) - self.start(block - 1) - 1 + epoch, self.final)
+        return min(self.start(block) - self.start(block - 1) - 1 + epoch, self.final - 1)
 
     def versions(self, block: int, since: int = 0) -> list[int]:
         """The versions that reach a block, in order; of them those that are given at time `since` or later."""

@@ -164,7 +164,8 @@ class Wavefront(Chain):
         self._fronts: deque[str] = deque()
         self._on_their_way: deque[Future[None]] = deque()  # versions that were sent from a training pass
         self.inputs: LayerInputs
-        self._received = self._given = -1  # newest version of the inputs here, of the outputs passed on
+        self._received = self._given = -1  # newest version of the inputs in use, of the outputs passed on
+        self._ahead: list[tuple[int, Tensor]] = []  # versions that were taken before their time
         self._outputs: Tensor | None = None  # of the epoch at hand, if the successor wants them
         self._rows: list[Tensor] = []  # where they are known
 
@@ -184,7 +185,7 @@ class Wavefront(Chain):
     def receive_fp(self, block: int, inputs: LayerInputs, prompt_1PD: Tensor) -> Tensor:
         """And begin with the block."""
         self.inputs = inputs
-        self._given, self._outputs, self._rows = -1, None, []
+        self._given, self._outputs, self._rows, self._ahead = -1, None, [], []
         self._received = self.schedule.final if block == self.run.start else -1
         return super().receive_fp(block, inputs, prompt_1PD)
 
@@ -197,10 +198,20 @@ class Wavefront(Chain):
             self._outputs = self.inputs.home.empty_like(self.inputs.q)
 
     def _receive(self, version: int) -> None:
+        """Put that version into the streams, behind those before it."""
         for newer in self._versions(self.block):
             if self._received < newer <= version:
+                if not self._ahead:
+                    self._take(newer)
+                self._received, self.inputs.q = self._ahead.pop(0)
+
+    def _take(self, version: int) -> None:
+        """Have all versions here, up to that one."""
+        newest = self._ahead[-1][0] if self._ahead else self._received
+        for newer in self._versions(self.block):
+            if newest < newer <= version:
                 assert self.place.upstream is not None
-                self.inputs.q, self._received = self.inputs.home.hold(self.place.upstream.receive()), newer
+                self._ahead.append((newer, self.inputs.home.hold(self.place.upstream.receive())))
 
     def record(self, rows_B: Tensor, output_BTD: Tensor) -> None:
         """Keep what a training pass gave."""
@@ -247,6 +258,8 @@ class Wavefront(Chain):
             self.ranks.announce(f"front/{self._called}")
         if not self.ranks.heard(f"front/{now}"):
             return None
+        if self.block > self.run.start:  # a block may use its final inputs later than they are given
+            self._take(min(now - 1 - self.schedule.start(self.block - 1), self.schedule.final))
         name = front_name(self.schedule, self.place.members, now, self.block, self.place.member)
         self._fronts.append(name)
         return name, self._fronts.popleft() if len(self._fronts) > 2 else "/"
@@ -258,6 +271,7 @@ class Wavefront(Chain):
             "received": self._received,
             "given": self._given,
             "inputs": self.inputs.q,
+            "ahead": self._ahead,
             "rows": rows,
             "outputs": None if rows is None or self._outputs is None else self._outputs[rows],
         }
@@ -266,6 +280,7 @@ class Wavefront(Chain):
         """Go on there."""
         self._received, self._given = state["received"], state["given"]
         self.inputs.q = self.inputs.home.hold(state["inputs"])
+        self._ahead = [(version, self.inputs.home.hold(inputs)) for version, inputs in state["ahead"]]
         if state["rows"] is not None:
             self._outputs = self.inputs.home.empty_like(self.inputs.q)
             self.record(state["rows"], state["outputs"])
