@@ -147,3 +147,19 @@ def test_a_step_that_does_not_fit_is_taken_in_parts(fit, tmp_path, caplog):
     assert all(block["micro_batch"] < 32 for block in tight)
     for block, roomy_block in zip(tight, roomy, strict=True):
         assert block["loss_final"] == pytest.approx(roomy_block["loss_final"], rel=0.05)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("mode", ["data", "wavefront", "independent"])
+def test_two_gpus_end_near_the_losses_of_one(make_checkpoint, fit, tmp_path, mode):
+    """`data` takes the same steps; a `wavefront` sees other inputs first; `independent` makes up for no error."""
+    checkpoint = make_checkpoint("llama", dtype=torch.float32)
+    more = (BISUP, "--solver.epochs=3", "--trainer.accelerator=gpu", "--trainer.callbacks=[]")
+    one = read_results(fit(checkpoint, tmp_path / "one", *more))["blocks"]
+    two = read_results(fit(checkpoint, tmp_path / "two", *more, f"--parallel.mode={mode}", "--trainer.devices=2"))[
+        "blocks"
+    ]
+    assert all(block["loss_final"] <= block["loss_initial"] for block in two)
+    if mode != "independent":
+        for block_of_two, block in zip(two, one, strict=True):
+            assert block_of_two["loss_final"] == pytest.approx(block["loss_final"], rel={"data": 0.02}.get(mode, 0.1))
