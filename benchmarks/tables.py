@@ -295,6 +295,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"{len(cells)} runs, {len(cells) - len(missing)} of them finished before", flush=True)
         timed = [cell for cell in missing if cell in cells_by_table.get("A14", [])]
         rest = [cell for cell in missing if cell not in timed]
+        rest.sort(key=lambda cell: -cell.samples * cell.iterations)  # the longest first, lest others wait for them
         clock = Clock(len(missing), options.minutes)
         failed = run_all(timed, options, 1, clock) + run_all(rest, options, options.jobs, clock)
         if not any(finished(cell, options) for cell in cells):
