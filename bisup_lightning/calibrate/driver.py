@@ -238,6 +238,7 @@ class BlockWalk:
                 self._tell("on_block_end", result)
             self.relay.close()
         finally:
+            self.relay.stop()
             self.reader.close()
             try:
                 self._tell("on_walk_end")

@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bisup_lightning.data.share import waiting_for_peers
+from bisup_lightning.data.share import PeerLost, waiting_for_peers
 
-MESSAGE = 64 * 2**20  # bytes that NCCL or gloo is given at a time
-POLL_SECONDS = 2e-3
+MESSAGE = 64 * 2**20  # bytes of a part
+POLL_SECONDS = 5e-3
 
 
 class Board(Protocol):
@@ -34,15 +34,17 @@ class Board(Protocol):
 class _Parcel:
     number: int
     tensor: Tensor
-    ready: torch.cuda.Event | None  # when its numbers are there
+    computed: torch.cuda.Event | None  # when its numbers are there
     delivered: Future[None]
 
 
 class Link:
     """Messages to one other process, or from one, in order.
 
-    A message is not given to NCCL before the other process asks for it. A transfer that waits for its other half would
-    hold on to multiprocessors of the GPU, which then lack in every product that is computed meanwhile.
+    NCCL is given a message when both sides are there for it: the receiver asks, the sender answers when the numbers are
+    computed. A transfer that waits for its other half would hold on to multiprocessors of the GPU, which then lack in
+    every product that is computed meanwhile. A message waits where it was made and travels part by part, so that a
+    stream off the device takes no more of it than two parts.
 
     Args:
         peer: Its rank.
@@ -59,10 +61,11 @@ class Link:
         self.peer, self.group, self.device = peer, group, device
         self._board, self._name = board, name
         self._asked = self._given = 0
-        self._waiting: queue.SimpleQueue[_Parcel] = queue.SimpleQueue()
+        self._waiting: queue.SimpleQueue[_Parcel | None] = queue.SimpleQueue()
         self._sent: deque[Future[None]] = deque()
         self._expected: Iterator[Tensor] = iter(())
         self._courier: threading.Thread | None = None
+        self._stopped = threading.Event()
 
     def connect(self, sending: bool) -> None:
         """Exchange a first message; NCCL connects two processes where both wait for it, so all links take turns."""
@@ -75,50 +78,62 @@ class Link:
 
     def send(self, x: Tensor) -> Future[None]:
         """Send a tensor, which must not be changed until it is delivered."""
-        x, ready = x.to(self.device).contiguous(), None
-        if self.device.type == "cuda":
-            ready = torch.cuda.Event()
-            ready.record(torch.cuda.current_stream(self.device))
-        parcel = _Parcel(self._given, x, ready, Future())
+        computed = None
+        if x.is_cuda:
+            computed = torch.cuda.Event()
+            computed.record(torch.cuda.current_stream(x.device))
+        parcel = _Parcel(self._given, x, computed, Future())
         self._given += 1
         self._sent.append(parcel.delivered)
         self._waiting.put(parcel)
-        if self._courier is None:  # a daemon: a process that fails does not wait for what nobody asks for any more
+        if self._courier is None:
             self._courier = threading.Thread(target=self._deliver, name=f"link {self._name}", daemon=True)
             self._courier.start()
         return parcel.delivered
 
-    def _deliver(self) -> None:
-        stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        while self._hand_over(self._waiting.get(), stream):  # which leaves no message behind in memory
-            pass
-
-    def _hand_over(self, parcel: _Parcel, stream: torch.cuda.Stream | None) -> bool:
-        """Send a message once it is asked for; whether that worked."""
-        try:
-            while not self._board.heard(self._key(parcel.number)):
-                time.sleep(POLL_SECONDS)
-            with nullcontext() if stream is None else torch.cuda.stream(stream), waiting_for_peers():
-                if stream is not None and parcel.ready is not None:
-                    stream.wait_event(parcel.ready)
-                for work in [dist.isend(part, self.peer, group=self.group) for part in _parts(parcel.tensor)]:
-                    assert work is not None
-                    work.wait()
-            if stream is not None:
-                stream.synchronize()
-        except Exception as error:  # raised again where its delivery is waited for
-            parcel.delivered.set_exception(error)
-            return False
-        parcel.delivered.set_result(None)
-        return True
-
-    def _key(self, number: int) -> str:
-        return f"link/{self._name}/{number}"
+    def stop(self) -> None:
+        """Deliver no more. A thread that still asks the store would abort the process when it ends."""
+        self._stopped.set()
+        self._waiting.put(None)
+        if self._courier is not None:
+            self._courier.join(timeout=1.0)
 
     def flush(self) -> None:
         """Wait until all is delivered."""
         while self._sent:
             self._sent.popleft().result()
+
+    def _deliver(self) -> None:
+        stream = None
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # of this thread
+            stream = torch.cuda.Stream(self.device)
+        failure: Exception | None = None
+        while (parcel := self._waiting.get()) is not None:
+            try:
+                if failure is not None:
+                    raise failure
+                with nullcontext() if stream is None else torch.cuda.stream(stream):
+                    self._hand_over(parcel)
+            except Exception as error:  # raised again where its delivery is waited for, and that of all behind it
+                failure = error
+                parcel.delivered.set_exception(error)
+            else:
+                parcel.delivered.set_result(None)
+            del parcel  # leaves no message behind in memory
+
+    def _hand_over(self, parcel: _Parcel) -> None:
+        while not self._board.heard(self._key("asked", parcel.number)):
+            if self._stopped.wait(POLL_SECONDS):
+                raise PeerLost("the run ended before a message was asked for")
+        if parcel.computed is not None:
+            parcel.computed.synchronize()
+        self._board.announce(self._key("ready", parcel.number))
+        with waiting_for_peers():
+            for part in _parts(parcel.tensor):
+                dist.send(part.to(self.device).contiguous(), self.peer, group=self.group)
+                if self.device.type == "cuda":
+                    torch.cuda.current_stream().synchronize()
 
     def expect(self, messages: Iterator[Tensor]) -> None:
         """Name all messages to come by empty tensors of their shape."""
@@ -127,13 +142,18 @@ class Link:
     def receive(self) -> Tensor:
         """The next message."""
         x = next(self._expected)
-        self._board.announce(self._key(self._asked))
+        self._board.announce(self._key("asked", self._asked))
+        if self.device.type == "cuda":
+            while not self._board.heard(self._key("ready", self._asked)):
+                time.sleep(POLL_SECONDS)
         self._asked += 1
         with waiting_for_peers():
-            for work in [dist.irecv(part, self.peer, group=self.group) for part in _parts(x)]:
-                assert work is not None
-                work.wait()
+            for part in _parts(x):
+                dist.recv(part, self.peer, group=self.group)
         return x
+
+    def _key(self, what: str, number: int) -> str:
+        return f"link/{self._name}/{number}/{what}"
 
 
 def _parts(x: Tensor) -> tuple[Tensor, ...]:

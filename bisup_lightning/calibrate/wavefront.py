@@ -54,6 +54,9 @@ class Relay:
     def close(self) -> None:
         """Wait until all is received that was sent."""
 
+    def stop(self) -> None:
+        """Send nothing more."""
+
     def state_dict(self) -> dict[str, Any]:
         """What must be known again where training goes on from a checkpoint."""
         return {}
@@ -117,6 +120,11 @@ class Chain(Relay):
         """See that the successor gets it all."""
         if self.place.downstream is not None:
             self.place.downstream.flush()
+
+    def stop(self) -> None:
+        """Even what was not asked for."""
+        if self.place.downstream is not None:
+            self.place.downstream.stop()
 
 
 class Independent(Chain):
@@ -199,7 +207,8 @@ class Wavefront(Chain):
 
     def _receive(self, version: int) -> None:
         """Put that version into the streams, behind those before it."""
-        for newer in self._versions(self.block):
+        taken = {newer for newer, _ in self._ahead}  # which a resumed run counts no longer among those that reach it
+        for newer in sorted(taken.union(self._versions(self.block))):
             if self._received < newer <= version:
                 if not self._ahead:
                     self._take(newer)

@@ -169,9 +169,7 @@ class QuantLinear(nn.Module):
         self.smoothing_is_inverse = False
         self.smoothing_order: Tensor | None = None
         self.low_rank_form: LowRankForm = "slrec"
-        self.frugal = (
-            False  # whether gradients compute Ŵ anew instead of keeping its float32 steps, three times W's size
-        )
+        self.frugal = False  # whether gradients compute Ŵ anew instead of keeping it, and on a CPU its float32 steps
         for name in ("smoothing", "low_rank_a", "low_rank_b"):
             self.register_parameter(name, None)
 
@@ -224,7 +222,7 @@ class QuantLinear(nn.Module):
     def _rounded_by_kernel(
         self, spec: QuantSpec, columns: slice, clip: Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        """Some columns of Ŵ in one pass over W that keeps nothing of W's size; and their largest magnitudes [O, G]."""
+        """Some columns of Ŵ, keeping nothing of W's size for the gradients; and their largest magnitudes [O, G]."""
         factors_I = self.column_factors()
         b_RC = None if self.low_rank_b is None else self.low_rank_b[:, columns]
         assert kernels is not None
@@ -263,7 +261,7 @@ class QuantLinear(nn.Module):
         if not (kernels and kernels.take(self.weight)):
             return quantize(self.compensated_weight(columns), spec, clip, self.storage_dtype)[:2]
         w_OC, absmax_OG = self._rounded_by_kernel(spec, columns, clip, torch.float32)
-        scale_OG = storable(absmax_OG / spec.qmax * clip, self.storage_dtype)
+        scale_OG = storable(absmax_OG * (1 / spec.qmax) * clip, self.storage_dtype)  # as the kernel does
         codes_OGg = to_groups(w_OC, spec) / scale_OG.unsqueeze(-1)
         return codes_OGg.round().flatten(-2).to(torch.int16), scale_OG
 

@@ -155,10 +155,13 @@ def fake_quantize(
 ) -> Tensor:
     """Quantize and dequantize [..., I]; gradients reach x (also through the maximum that sets Δ) and the clip values.
 
-    Equal, element by element, to `dequantize(*quantize(...))` cast to x's dtype.
+    Equal, element by element, to `dequantize(*quantize(...))` cast to x's dtype; but kernels multiply by 1/Δ, so that a
+    value halfway between two points of the grid may go to the other one.
     """
-    if kernels and kernels.take(x) and spec.symmetric and clip_G is not None and scale_dtype is None:
-        return kernels.round_rows(x, clip_G, spec.bits, spec.group_size or x.shape[-1])
+    by_kernel = kernels is not None and kernels.take(x) and spec.symmetric and scale_dtype is None
+    if by_kernel and clip_G is not None and clip_G.ndim == 1:
+        assert kernels is not None
+        return kernels.round_rows(x, clip_G, spec.bits, x.shape[-1] // spec.groups(x.shape[-1]))
     x_Gg = wide(to_groups(x, spec))
     scale, offset = scale_and_offset(x_Gg, spec, clip_G, scale_dtype)
     if offset is None:

@@ -1,10 +1,11 @@
-"""Triton kernels of the two quantizers that run in every step: the same sums as `affine`, each tensor read once.
+"""Triton kernels of the two quantizers that run in every step: the same sums as `affine`, in few passes over memory.
 
 Autograd's composition moves a weight through memory a dozen times in a step, and compiled code still half as often;
-these kernels read it, and its gradient, twice. Shape suffixes: O output rows, I input features, G groups of g elements
-each, R rank, N rows of any kind. A segment is a range of columns, passed as a view: rows may be strided, columns not.
+these kernels read it, and its gradient, once or twice. Shape suffixes: O output rows, I input features, G groups of g
+elements each, R rank, N rows of any kind. A segment is a range of columns, passed as a view: rows may be strided.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -257,6 +258,17 @@ def take(x: Tensor) -> bool:
     return x.is_cuda and x.dtype in STORED
 
 
+def _on_device_of(x: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, whatever its tensors lie on."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def _rows_of(x: Tensor) -> Tensor:
+    """X [..., I] as [N, I] with neighbouring columns side by side."""
+    x_NI = x.reshape(-1, x.shape[-1])
+    return x_NI if x_NI.stride(-1) == 1 else x_NI.contiguous()
+
+
 def _limits(bits: int) -> dict[str, float]:
     return {"qmin": -(2 ** (bits - 1)), "qmax": 2 ** (bits - 1) - 1, "smallest": MIN_SCALE}
 
@@ -274,26 +286,28 @@ def _row_blocks(size: int) -> dict[str, int]:
 @torch.library.custom_op("bisup::round_rows", mutates_args=())
 def round_rows(x: Tensor, clip_G: Tensor, bits: int, size: int) -> Tensor:
     """`fake_quantize` of [..., I] in groups of `size`, symmetric, with one clip value for all or for each group."""
-    x_NI = x.reshape(-1, x.shape[-1])
+    x_NI = _rows_of(x)
     (rows, columns), blocks = x_NI.shape, _row_blocks(size)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _round_rows_kernel[triton.cdiv(rows, blocks["block_n"]), columns // size](
-        x_NI, out, clip_G, rows, x_NI.stride(0), columns // size, int(len(clip_G) > 1), **_limits(bits), **blocks
-    )
+    with _on_device_of(x):
+        _round_rows_kernel[triton.cdiv(rows, blocks["block_n"]), columns // size](
+            x_NI, out, clip_G, rows, x_NI.stride(0), columns // size, int(len(clip_G) > 1), **_limits(bits), **blocks
+        )
     return out
 
 
 @torch.library.custom_op("bisup::round_rows_gradient", mutates_args=())
 def round_rows_gradient(grad: Tensor, x: Tensor, clip_G: Tensor, bits: int, size: int) -> tuple[Tensor, Tensor]:
     """Gradients of x and of the clip values."""
-    x_NI = x.reshape(-1, x.shape[-1])
+    x_NI = _rows_of(x)
     (rows, columns), blocks = x_NI.shape, _row_blocks(size)
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     grad_clip_NG = clip_G.new_empty(rows, columns // size)
-    _round_rows_gradient_kernel[triton.cdiv(rows, blocks["block_n"]), columns // size](
-        x_NI, grad.contiguous(), clip_G, grad_x, grad_clip_NG, rows, x_NI.stride(0), columns // size,
-        int(len(clip_G) > 1), **_limits(bits), **blocks,
-    )  # fmt: skip
+    with _on_device_of(x):
+        _round_rows_gradient_kernel[triton.cdiv(rows, blocks["block_n"]), columns // size](
+            x_NI, grad.contiguous(), clip_G, grad_x, grad_clip_NG, rows, x_NI.stride(0), columns // size,
+            int(len(clip_G) > 1), **_limits(bits), **blocks,
+        )  # fmt: skip
     return grad_x, grad_clip_NG.sum(0) if len(clip_G) > 1 else grad_clip_NG.sum().reshape(1)
 
 
@@ -331,7 +345,7 @@ def _weight_arguments(
     bits: int, size: int, form: str, scale_dtype: torch.dtype | None,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:  # fmt: skip
     """What the three kernels share: the tensors that they read, sizes, and constants."""
-    rank = 0 if a is None else a.shape[1]
+    rank, w = 0 if a is None else a.shape[1], _rows_of(w)
     a, b = (None if matrix is None else matrix.to(w.dtype).contiguous() for matrix in (a, b))
     strides = clip.stride(0) if len(clip) > 1 else 0, int(clip.shape[1] > 1)
     sizes = dict(zip(SIZES, (*w.shape, w.stride(0), w.shape[1] // size, *strides), strict=True))
@@ -367,9 +381,10 @@ def round_weight(
     out = torch.empty(w.shape, dtype=dtype, device=w.device)
     absmax = torch.empty(w.shape[0], w.shape[1] // size, dtype=torch.float32, device=w.device)
     largest = torch.empty_like(absmax, dtype=torch.int32)
-    _round_weight_kernel[triton.cdiv(w.shape[0], blocks["block_o"]), absmax.shape[1]](
-        *tensors, out, absmax, largest, **constants, **blocks
-    )
+    with _on_device_of(w):
+        _round_weight_kernel[triton.cdiv(w.shape[0], blocks["block_o"]), absmax.shape[1]](
+            *tensors, out, absmax, largest, **constants, **blocks
+        )
     return out, absmax, largest
 
 
@@ -383,18 +398,20 @@ def round_weight_gradient(
     (rows, columns), rank, grad = w.shape, constants["rank"], grad.contiguous()
     grad_scale = torch.empty_like(absmax)
     if size > MAX_BLOCK_I:  # else the next kernel sees whole groups
-        _scale_gradient_kernel[triton.cdiv(rows, ROW_BLOCKS["block_o"]), absmax.shape[1]](
-            *tensors, grad, absmax, grad_scale, **constants, **ROW_BLOCKS
-        )
+        with _on_device_of(w):
+            _scale_gradient_kernel[triton.cdiv(rows, ROW_BLOCKS["block_o"]), absmax.shape[1]](
+                *tensors, grad, absmax, grad_scale, **constants, **ROW_BLOCKS
+            )
     steps = triton.cdiv(rows, ROW_PARTS * GRADIENT_BLOCKS["block_o"])
     parts = triton.cdiv(rows, steps * GRADIENT_BLOCKS["block_o"])
     tiles = absmax.shape[1] * triton.cdiv(size, constants["block_i"])
     grad_a, grad_b = absmax.new_empty(tiles, rows, rank), absmax.new_empty(parts, rank, columns)
     grad_s = absmax.new_empty(parts, columns if s is not None else 0)
-    _weight_gradient_kernel[parts, tiles](
-        *tensors, grad, absmax, largest, grad_scale, grad_a, grad_b, grad_s,
-        **constants, **GRADIENT_BLOCKS, steps=steps,
-    )  # fmt: skip
+    with _on_device_of(w):
+        _weight_gradient_kernel[parts, tiles](
+            *tensors, grad, absmax, largest, grad_scale, grad_a, grad_b, grad_s,
+            **constants, **GRADIENT_BLOCKS, steps=steps,
+        )  # fmt: skip
     grad_clip = (grad_scale * absmax).sum_to_size(clip.shape)
     return grad_a.sum(0), grad_b.sum(0), grad_s.sum(0), grad_clip
 

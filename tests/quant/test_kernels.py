@@ -151,3 +151,15 @@ def test_gradients_are_the_same_to_the_bit_each_time():
         for _ in range(2)
     ]
     assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True))
+
+
+def test_what_kernels_do_not_take_is_composed_or_refused(without_kernels):
+    spec, x_TI = QuantSpec(4, group_size=32), random(64, 64)
+    for x, clip in ((x_TI.T, random(2).abs() + 0.5), (x_TI, random(64, 2).abs() + 0.5)):
+
+        def run(x=x, clip=clip):
+            return affine.fake_quantize(x, spec, clip)
+
+        assert_same_values(run(), without_kernels(run))
+    with pytest.raises(ValueError, match="does not divide"):
+        affine.fake_quantize(x_TI, QuantSpec(4, group_size=24), torch.full((2,), 0.8, device=DEVICE))
