@@ -77,7 +77,7 @@ def main() -> None:
             weight(14336, 4096, size, rate, f", {block_o} rows, {warps} warps")
     for block_i, (block_o, warps), stages in itertools.product((64, 128), ((64, 4), (128, 8)), (1, 2, 3)):
         kernels.MAX_BLOCK_I = block_i
-        kernels.GRADIENT_BLOCKS = {"block_o": block_o, "num_warps": warps, "num_stages": stages}
+        kernels.GRADIENT_BLOCKS = ({"block_o": block_o, "num_warps": warps, "num_stages": stages},)
         weight(14336, 4096, 128, rate, f", {block_o} x {block_i}, {warps} warps, {stages} stages")
     for tile in (2048, 4096, 8192):
         kernels.ROW_TILE = tile

@@ -173,6 +173,8 @@ class BiSup(Solver):
                     "by halves; give a smaller data.batch_size or data.seq_len"
                 ) from out_of_memory
             block.inputs.halve(out_of_memory)
+            if block.relay.arriving:  # whose inputs have gone on since
+                saved = None
 
 
 class GPTQ(Solver):

@@ -206,7 +206,7 @@ class QuantLinear(nn.Module):
         for segment, columns, clip in self._segments():
             if segment.spec is None:
                 part_OC = as_stored(self.compensated_weight(columns), self.storage_dtype)
-            elif kernels and kernels.take(self.weight):
+            elif self._by_kernels():
                 part_OC, _ = self._rounded_by_kernel(segment.spec, columns, clip, dtype)
             else:
                 part_OC = fake_quantize(self.compensated_weight(columns), segment.spec, clip, self.storage_dtype)
@@ -218,6 +218,10 @@ class QuantLinear(nn.Module):
         end = 0
         for segment, clip in zip(self.segments, self.clips, strict=True):
             yield segment, slice(end, end := end + segment.columns), clip
+
+    def _by_kernels(self) -> bool:
+        rank = 0 if self.low_rank_a is None else self.low_rank_a.shape[1]
+        return kernels is not None and kernels.take(self.weight, rank)
 
     def _rounded_by_kernel(
         self, spec: QuantSpec, columns: slice, clip: Tensor, dtype: torch.dtype
@@ -258,7 +262,7 @@ class QuantLinear(nn.Module):
 
     def _codes(self, spec: QuantSpec, columns: slice, clip: Tensor) -> tuple[Tensor, Tensor]:
         """Codes [O, C] and scales [O, G] of some columns: those of `quantized_weight`."""
-        if not (kernels and kernels.take(self.weight)):
+        if not self._by_kernels():
             return quantize(self.compensated_weight(columns), spec, clip, self.storage_dtype)[:2]
         w_OC, absmax_OG = self._rounded_by_kernel(spec, columns, clip, torch.float32)
         scale_OG = storable(absmax_OG * (1 / spec.qmax) * clip, self.storage_dtype)  # as the kernel does

@@ -5,15 +5,19 @@ these kernels read it, and its gradient, once or twice. Shape suffixes: O output
 elements each, R rank, N rows of any kind. A segment is a range of columns, passed as a view: rows may be strided.
 """
 
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from bisup_lightning.quant.spec import MIN_SCALE
+
+R = TypeVar("R")
 
 ROW_TILE = 4096  # elements of an activation that a program holds
 ROW_PARTS = 8  # into which a weight's rows are split, to add up its gradients side by side
@@ -253,9 +257,24 @@ def _weight_gradient_kernel(
 # What the host hands over. Operators, so that torch.compile takes each as one step whose rounding nothing touches.
 
 
-def take(x: Tensor) -> bool:
-    """Whether these kernels take a tensor: on a GPU, and no wider than what they compute in."""
-    return x.is_cuda and x.dtype in STORED
+def take(x: Tensor, rank: int = 0) -> bool:
+    """Whether these kernels take a tensor: on a GPU, no wider than what they compute in, with A and B not too large."""
+    return x.is_cuda and x.dtype in STORED and rank <= MAX_RANK
+
+
+_fitting: dict[Hashable, int] = {}
+
+
+def _on_what_fits(case: Hashable, variants: Sequence[dict[str, int]], launch: Callable[[dict[str, int]], R]) -> R:
+    """Launch the first variant for which the GPU has enough shared memory; for the same case, that one from then on."""
+    while True:
+        place = _fitting.setdefault(case, 0)
+        try:
+            return launch(variants[place])
+        except OutOfResources:
+            if place + 1 == len(variants):
+                raise
+            _fitting[case] += 1
 
 
 def _on_device_of(x: Tensor) -> AbstractContextManager[Any]:
@@ -336,7 +355,12 @@ round_rows.register_autograd(_round_rows_backward, setup_context=_keep_rows)
 # Tiles [rows, columns] and warps, as measured on an H100 (benchmarks/quantizers.py).
 GROUP_BLOCKS = {"block_o": 64, "num_warps": 4}
 ROW_BLOCKS = {"block_o": 32, "num_warps": 4}
-GRADIENT_BLOCKS = {"block_o": 64, "num_warps": 4, "num_stages": 3}
+GRADIENT_BLOCKS = (  # the first whose shared memory the GPU has
+    {"block_o": 64, "num_warps": 4, "num_stages": 3},
+    {"block_o": 64, "num_warps": 4, "num_stages": 1},
+    {"block_o": 16, "num_warps": 4, "num_stages": 1},
+)
+MAX_RANK = 128  # of A and B; more does not fit beside a tile
 MAX_BLOCK_I = 128
 
 
@@ -402,18 +426,22 @@ def round_weight_gradient(
             _scale_gradient_kernel[triton.cdiv(rows, ROW_BLOCKS["block_o"]), absmax.shape[1]](
                 *tensors, grad, absmax, grad_scale, **constants, **ROW_BLOCKS
             )
-    steps = triton.cdiv(rows, ROW_PARTS * GRADIENT_BLOCKS["block_o"])
-    parts = triton.cdiv(rows, steps * GRADIENT_BLOCKS["block_o"])
     tiles = absmax.shape[1] * triton.cdiv(size, constants["block_i"])
-    grad_a, grad_b = absmax.new_empty(tiles, rows, rank), absmax.new_empty(parts, rank, columns)
-    grad_s = absmax.new_empty(parts, columns if s is not None else 0)
-    with _on_device_of(w):
-        _weight_gradient_kernel[parts, tiles](
-            *tensors, grad, absmax, largest, grad_scale, grad_a, grad_b, grad_s,
-            **constants, **GRADIENT_BLOCKS, steps=steps,
-        )  # fmt: skip
+
+    def add_up(blocks: dict[str, int]) -> list[Tensor]:
+        steps = triton.cdiv(rows, ROW_PARTS * blocks["block_o"])
+        parts = triton.cdiv(rows, steps * blocks["block_o"])
+        grad_a, grad_b = absmax.new_empty(tiles, rows, rank), absmax.new_empty(parts, rank, columns)
+        grad_s = absmax.new_empty(parts, columns if s is not None else 0)
+        with _on_device_of(w):
+            _weight_gradient_kernel[parts, tiles](
+                *tensors, grad, absmax, largest, grad_scale, grad_a, grad_b, grad_s, **constants, **blocks, steps=steps
+            )
+        return [part_sums.sum(0) for part_sums in (grad_a, grad_b, grad_s)]
+
+    sums = _on_what_fits((w.device, w.dtype, rank), GRADIENT_BLOCKS, add_up)
     grad_clip = (grad_scale * absmax).sum_to_size(clip.shape)
-    return grad_a.sum(0), grad_b.sum(0), grad_s.sum(0), grad_clip
+    return sums[0], sums[1], sums[2], grad_clip
 
 
 @round_weight.register_fake

@@ -28,7 +28,7 @@ SHAPES = [(4, 32, 128), (3, 128, 256), (4, None, 200), (8, None, 96), (2, 24, 72
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
     if INTERPRETED:
-        monkeypatch.setattr(affine.kernels, "take", lambda x: x.dtype in affine.kernels.STORED)
+        monkeypatch.setattr(affine.kernels, "take", lambda x, rank=0: x.dtype in affine.kernels.STORED)
 
 
 @pytest.fixture
@@ -163,3 +163,20 @@ def test_what_kernels_do_not_take_is_composed_or_refused(without_kernels):
         assert_same_values(run(), without_kernels(run))
     with pytest.raises(ValueError, match="does not divide"):
         affine.fake_quantize(x_TI, QuantSpec(4, group_size=24), torch.full((2,), 0.8, device=DEVICE))
+
+
+def test_where_shared_memory_is_short_a_smaller_tile_is_taken():
+    kernels, tried = affine.kernels, []
+    from triton.runtime.errors import OutOfResources
+
+    def launch(blocks):
+        tried.append(blocks["size"])
+        if blocks["size"] > 1:
+            raise OutOfResources(2, 1, "shared memory")
+        return "launched"
+
+    variants = [{"size": size} for size in (3, 2, 1)]
+    assert [kernels._on_what_fits("a test", variants, launch) for _ in range(2)] == ["launched"] * 2
+    assert tried == [3, 2, 1, 1]
+    with pytest.raises(OutOfResources):
+        kernels._on_what_fits("another", variants[:2], launch)
