@@ -156,9 +156,8 @@ def test_two_gpus_end_near_the_losses_of_one(make_checkpoint, fit, tmp_path, mod
     checkpoint = make_checkpoint("llama", dtype=torch.float32)
     more = (BISUP, "--solver.epochs=3", "--trainer.accelerator=gpu", "--trainer.callbacks=[]")
     one = read_results(fit(checkpoint, tmp_path / "one", *more))["blocks"]
-    two = read_results(fit(checkpoint, tmp_path / "two", *more, f"--parallel.mode={mode}", "--trainer.devices=2"))[
-        "blocks"
-    ]
+    shared = (f"--parallel.mode={mode}", "--trainer.devices=2")
+    two = read_results(fit(checkpoint, tmp_path / "two", *more, *shared))["blocks"]
     assert all(block["loss_final"] <= block["loss_initial"] for block in two)
     if mode != "independent":
         for block_of_two, block in zip(two, one, strict=True):

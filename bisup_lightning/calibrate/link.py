@@ -3,7 +3,6 @@
 import queue
 import threading
 import time
-from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import nullcontext
@@ -62,7 +61,7 @@ class Link:
         self._board, self._name = board, name
         self._asked = self._given = 0
         self._waiting: queue.SimpleQueue[_Parcel | None] = queue.SimpleQueue()
-        self._sent: deque[Future[None]] = deque()
+        self._last: Future[None] | None = None
         self._expected: Iterator[Tensor] = iter(())
         self._courier: threading.Thread | None = None
         self._stopped = threading.Event()
@@ -84,7 +83,7 @@ class Link:
             computed.record(torch.cuda.current_stream(x.device))
         parcel = _Parcel(self._given, x, computed, Future())
         self._given += 1
-        self._sent.append(parcel.delivered)
+        self._last = parcel.delivered
         self._waiting.put(parcel)
         if self._courier is None:
             self._courier = threading.Thread(target=self._deliver, name=f"link {self._name}", daemon=True)
@@ -99,9 +98,9 @@ class Link:
             self._courier.join(timeout=1.0)
 
     def flush(self) -> None:
-        """Wait until all is delivered."""
-        while self._sent:
-            self._sent.popleft().result()
+        """Wait until all is delivered: the last, as messages go in order and fail with one before them."""
+        if self._last is not None:
+            self._last.result()
 
     def _deliver(self) -> None:
         stream = None

@@ -171,15 +171,10 @@ def fake_quantize(
     return rounded.to(x.dtype).flatten(-2)
 
 
-def fake_quantize_segments(
-    x: Tensor, segments: Sequence[Segment], clips: Sequence[Tensor], scale_dtype: torch.dtype | None = None
-) -> Tensor:
-    """`fake_quantize` of [..., I], each segment of columns under its own quantizer and clip values.
-
-    Columns that are not quantized are rounded to the storage dtype, if one is given.
-    """
+def fake_quantize_segments(x: Tensor, segments: Sequence[Segment], clips: Sequence[Tensor]) -> Tensor:
+    """`fake_quantize` of [..., I], each segment of columns under its own quantizer and clip values, or as it is."""
     parts = [
-        as_stored(part, scale_dtype) if segment.spec is None else fake_quantize(part, segment.spec, clip, scale_dtype)
+        part if segment.spec is None else fake_quantize(part, segment.spec, clip)
         for part, segment, clip in zip(
             x.split([segment.columns for segment in segments], -1), segments, clips, strict=True
         )

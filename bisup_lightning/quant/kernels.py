@@ -6,7 +6,6 @@ elements each, R rank, N rows of any kind. A segment is a range of columns, pass
 """
 
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -133,6 +132,19 @@ def _compensated(w, a, b, s, form: tl.constexpr):
 
 
 @triton.jit
+def _part_of_group(
+    w_row, a, b_ptr, s_ptr, o, group, start, rows, columns, rank: tl.constexpr, size: tl.constexpr,
+    form: tl.constexpr, smoothed: tl.constexpr, block_i: tl.constexpr, block_r: tl.constexpr,
+):  # fmt: skip
+    """Columns of a group from `start` on, in some rows: which columns, what of the tile exists, and its values."""
+    within = start + tl.arange(0, block_i)
+    i = group * size + within
+    mask = (o < rows)[:, None] & (within < size)[None, :]
+    b, s = _columns_of(b_ptr, s_ptr, i, columns, rank, form, smoothed, block_r)
+    return i, mask, _compensated(tl.load(w_row + i[None, :], mask, 0.0), a, b, s, form)
+
+
+@triton.jit
 def _round_weight_kernel(
     w_ptr, a_ptr, b_ptr, s_ptr, clip_ptr, out_ptr, absmax_ptr, largest_ptr,
     rows, columns, row_stride, groups, clip_stride_o, clip_stride_g,
@@ -149,11 +161,9 @@ def _round_weight_kernel(
     absmax = tl.full((block_o,), -1.0, tl.float32)
     largest = tl.zeros((block_o,), tl.int32)
     for start in range(0, size, block_i):
-        within = start + tl.arange(0, block_i)
-        i = group * size + within
-        mask = (o < rows)[:, None] & (within < size)[None, :]
-        b, s = _columns_of(b_ptr, s_ptr, i, columns, rank, form, smoothed, block_r)
-        x = _compensated(tl.load(w_row + i[None, :], mask, 0.0), a, b, s, form)
+        i, mask, x = _part_of_group(
+            w_row, a, b_ptr, s_ptr, o, group, start, rows, columns, rank, size, form, smoothed, block_i, block_r
+        )
         here, place = tl.max(tl.where(mask, tl.abs(x), -1.0), 1, return_indices=True)
         largest = tl.where(here > absmax, start + place, largest)
         absmax = tl.maximum(absmax, here)
@@ -162,11 +172,9 @@ def _round_weight_kernel(
     tl.store(absmax_ptr + o * groups + group, absmax, o < rows)
     tl.store(largest_ptr + o * groups + group, largest, o < rows)
     for start in range(0, size, block_i):
-        within = start + tl.arange(0, block_i)
-        i = group * size + within
-        mask = (o < rows)[:, None] & (within < size)[None, :]
-        b, s = _columns_of(b_ptr, s_ptr, i, columns, rank, form, smoothed, block_r)
-        x = _compensated(tl.load(w_row + i[None, :], mask, 0.0), a, b, s, form)
+        i, mask, x = _part_of_group(
+            w_row, a, b_ptr, s_ptr, o, group, start, rows, columns, rank, size, form, smoothed, block_i, block_r
+        )
         rounded = _nearest(x * (1.0 / scale)[:, None], qmin, qmax) * scale[:, None]
         tl.store(out_row + i[None, :], rounded.to(out_ptr.dtype.element_ty), mask)
 
@@ -190,11 +198,9 @@ def _scale_gradient_kernel(
     scale, passes = _scale(absmax, clip, qmax, stored, smallest, most)
     total = tl.zeros((block_o,), tl.float32)
     for start in range(0, size, block_i):
-        within = start + tl.arange(0, block_i)
-        i = group * size + within
-        mask = (o < rows)[:, None] & (within < size)[None, :]
-        b, s = _columns_of(b_ptr, s_ptr, i, columns, rank, form, smoothed, block_r)
-        x = _compensated(tl.load(w_row + i[None, :], mask, 0.0), a, b, s, form)
+        i, mask, x = _part_of_group(
+            w_row, a, b_ptr, s_ptr, o, group, start, rows, columns, rank, size, form, smoothed, block_i, block_r
+        )
         grad = tl.load(grad_row + i[None, :], mask, 0.0).to(tl.float32)
         total += tl.sum(grad * _by_scale(x * (1.0 / scale)[:, None], qmin, qmax), 1)
     tl.store(grad_scale_ptr + o * groups + group, tl.where(passes, total, 0.0) * (1.0 / qmax), o < rows)
@@ -277,11 +283,6 @@ def _on_what_fits(case: Hashable, variants: Sequence[dict[str, int]], launch: Ca
             _fitting[case] += 1
 
 
-def _on_device_of(x: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, whatever its tensors lie on."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
-
-
 def _rows_of(x: Tensor) -> Tensor:
     """X [..., I] as [N, I] with neighbouring columns side by side."""
     x_NI = x.reshape(-1, x.shape[-1])
@@ -308,7 +309,7 @@ def round_rows(x: Tensor, clip_G: Tensor, bits: int, size: int) -> Tensor:
     x_NI = _rows_of(x)
     (rows, columns), blocks = x_NI.shape, _row_blocks(size)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    with _on_device_of(x):
+    with torch.cuda.device_of(x):  # Triton launches on the current device, whatever its tensors lie on
         _round_rows_kernel[triton.cdiv(rows, blocks["block_n"]), columns // size](
             x_NI, out, clip_G, rows, x_NI.stride(0), columns // size, int(len(clip_G) > 1), **_limits(bits), **blocks
         )
@@ -322,7 +323,7 @@ def round_rows_gradient(grad: Tensor, x: Tensor, clip_G: Tensor, bits: int, size
     (rows, columns), blocks = x_NI.shape, _row_blocks(size)
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     grad_clip_NG = clip_G.new_empty(rows, columns // size)
-    with _on_device_of(x):
+    with torch.cuda.device_of(x):
         _round_rows_gradient_kernel[triton.cdiv(rows, blocks["block_n"]), columns // size](
             x_NI, grad.contiguous(), clip_G, grad_x, grad_clip_NG, rows, x_NI.stride(0), columns // size,
             int(len(clip_G) > 1), **_limits(bits), **blocks,
@@ -405,7 +406,7 @@ def round_weight(
     out = torch.empty(w.shape, dtype=dtype, device=w.device)
     absmax = torch.empty(w.shape[0], w.shape[1] // size, dtype=torch.float32, device=w.device)
     largest = torch.empty_like(absmax, dtype=torch.int32)
-    with _on_device_of(w):
+    with torch.cuda.device_of(w):
         _round_weight_kernel[triton.cdiv(w.shape[0], blocks["block_o"]), absmax.shape[1]](
             *tensors, out, absmax, largest, **constants, **blocks
         )
@@ -422,7 +423,7 @@ def round_weight_gradient(
     (rows, columns), rank, grad = w.shape, constants["rank"], grad.contiguous()
     grad_scale = torch.empty_like(absmax)
     if size > MAX_BLOCK_I:  # else the next kernel sees whole groups
-        with _on_device_of(w):
+        with torch.cuda.device_of(w):
             _scale_gradient_kernel[triton.cdiv(rows, ROW_BLOCKS["block_o"]), absmax.shape[1]](
                 *tensors, grad, absmax, grad_scale, **constants, **ROW_BLOCKS
             )
@@ -433,7 +434,7 @@ def round_weight_gradient(
         parts = triton.cdiv(rows, steps * blocks["block_o"])
         grad_a, grad_b = absmax.new_empty(tiles, rows, rank), absmax.new_empty(parts, rank, columns)
         grad_s = absmax.new_empty(parts, columns if s is not None else 0)
-        with _on_device_of(w):
+        with torch.cuda.device_of(w):
             _weight_gradient_kernel[parts, tiles](
                 *tensors, grad, absmax, largest, grad_scale, grad_a, grad_b, grad_s, **constants, **blocks, steps=steps
             )
