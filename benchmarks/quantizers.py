@@ -11,7 +11,7 @@ import itertools
 import torch
 
 from benchmarks.step import GPU, median_ms
-from bisup_lightning.quant import kernels
+from bisup_lightning.quant import operators
 
 TOKENS = 16384
 SHAPES = ((14336, 4096), (4096, 14336))
@@ -44,9 +44,12 @@ def weight(rows: int, features: int, size: int, rate: float, note: str = "") -> 
     grad = torch.randn_like(w)
     name = f"{rows} x {features}, groups of {size}{note}"
     options = (w, a, b, s, clip, 4, size, "slrec", torch.bfloat16)
-    out = kernels.round_weight(*options, torch.bfloat16)
-    report(f"round {name}", lambda: kernels.round_weight(*options, torch.bfloat16), 4 * w.numel(), rate)
-    report(f"gradients {name}", lambda: kernels.round_weight_gradient(grad, *out[1:], *options), 8 * w.numel(), rate)
+    for coded in (False, True):
+        step = lambda c=coded: operators.round_weight(*options, torch.bfloat16, c)  # noqa: E731
+        report(f"round {name}{', with codes' * coded}", step, (4 + coded) * w.numel(), rate)
+    absmax, largest = step()[1:3]
+    backward = lambda: operators.round_weight_gradient(grad, absmax, largest, *options)  # noqa: E731
+    report(f"gradients {name}", backward, 8 * w.numel(), rate)
 
 
 def activation(features: int, size: int, rate: float, note: str = "") -> None:
@@ -54,8 +57,10 @@ def activation(features: int, size: int, rate: float, note: str = "") -> None:
     x = torch.randn(TOKENS, features, device=GPU, dtype=torch.bfloat16)
     clip, grad = torch.full((features // size,), 0.9, device=GPU), torch.randn_like(x)
     name = f"{TOKENS} tokens x {features}, groups of {size}{note}"
-    report(f"round {name}", lambda: kernels.round_rows(x, clip, 4, size), 4 * x.numel(), rate)
-    report(f"gradients {name}", lambda: kernels.round_rows_gradient(grad, x, clip, 4, size), 6 * x.numel(), rate)
+    for coded in (False, True):
+        step = lambda c=coded: operators.round_rows(x, clip, 4, size, c)  # noqa: E731
+        report(f"round {name}{', with codes' * coded}", step, (4 + coded) * x.numel(), rate)
+    report(f"gradients {name}", lambda: operators.round_rows_gradient(grad, x, clip, 4, size), 6 * x.numel(), rate)
 
 
 def main() -> None:
@@ -71,16 +76,16 @@ def main() -> None:
             activation(features, size, rate)
     if not given.variants:
         return
-    for block_o, warps in ((32, 4), (64, 4), (128, 8)):
-        kernels.GROUP_BLOCKS = kernels.ROW_BLOCKS = {"block_o": block_o, "num_warps": warps}
+    for (block_o, warps), part in itertools.product(((32, 4), (64, 4), (64, 8), (128, 8)), (256, 512, 1024)):
+        operators.ROUND_BLOCKS, operators.PART = {"block_o": block_o, "num_warps": warps}, part
         for size in (128, 4096):
-            weight(14336, 4096, size, rate, f", {block_o} rows, {warps} warps")
+            weight(14336, 4096, size, rate, f", {block_o} rows, {warps} warps, parts of {part}")
     for block_i, (block_o, warps), stages in itertools.product((64, 128), ((64, 4), (128, 8)), (1, 2, 3)):
-        kernels.MAX_BLOCK_I = block_i
-        kernels.GRADIENT_BLOCKS = ({"block_o": block_o, "num_warps": warps, "num_stages": stages},)
+        operators.MAX_BLOCK_I = block_i
+        operators.GRADIENT_BLOCKS = ({"block_o": block_o, "num_warps": warps, "num_stages": stages},)
         weight(14336, 4096, 128, rate, f", {block_o} x {block_i}, {warps} warps, {stages} stages")
     for tile in (2048, 4096, 8192):
-        kernels.ROW_TILE = tile
+        operators.ROW_TILE = tile
         for features, size in ((4096, 128), (4096, 4096), (14336, 14336)):
             activation(features, size, rate, f", tile {tile}")
 

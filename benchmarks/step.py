@@ -2,9 +2,9 @@
 
     python -m benchmarks.step --rows eager compiled --precision w4a4-g128 --transform none
 
-Rows: `dense`, the same block in plain bf16 with gradients of all its weights (the least that training must do),
-`eager`, this project's step as PyTorch runs it, and `compiled`. A step is forward,
-backward and AdamW on 8 × 2048 tokens.
+Rows: `dense`, the same block in plain bf16 with gradients of all its weights, compiled; `eager`, this project's step as
+PyTorch runs it; `values`, compiled, with all products in bf16; and `compiled`, where forward products are those of
+integer codes if the device has them. A step is forward, backward and AdamW on 8 × 2048 tokens.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from benchmarks.synthetic import SHAPES, write_checkpoint
 from bisup_lightning.calibrate.block_calibration import block_loss
-from bisup_lightning.model.block import Theta, add_theta, quantize_layer, theta_parameters
+from bisup_lightning.model.block import Theta, add_theta, learn_by_codes, quantize_layer, theta_parameters
 from bisup_lightning.model.blockwise import BlockwiseModel, run_layer
 from bisup_lightning.model.family import linear_inputs
 from bisup_lightning.model.kv import BlockKV, KVQuantizer
@@ -78,10 +78,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--prompt", type=int, default=1, help="tokens in front")
-    parser.add_argument("--rows", nargs="+", default=["dense", "eager", "compiled"])
+    parser.add_argument("--rows", nargs="+", default=["dense", "eager", "values", "compiled"])
     parser.add_argument("--precision", nargs="+", default=list(PRECISIONS))
     parser.add_argument("--transform", nargs="+", default=["none", "hadamard", "outliers"])
-    parser.add_argument("--profile", action="store_true", help="a table of kernels behind each compiled row")
+    parser.add_argument("--profile", action="store_true", help="a table of kernels behind compiled rows")
     given = parser.parse_args()
     rate, operations = matmul_rate(), step_operations(given.shape, given.batch, given.length)
     print(torch.__version__, torch.cuda.get_device_name(), f"{rate / 1e12:.0f} TFLOP/s measured")
@@ -115,12 +115,13 @@ def main() -> None:
             add_theta(layer, Theta(smoothing_start="ones"), torch.Generator().manual_seed(0))
             kv, theta = BlockKV(KVQuantizer.of(scheme), prompt), list(theta_parameters(layer).values())
             for row in given.rows:
-                function = {"eager": block_loss.__wrapped__, "compiled": block_loss}.get(row)
-                if function is None:
+                if row == "dense":
                     continue
+                function = block_loss.__wrapped__ if row == "eager" else block_loss
+                learn_by_codes(layer, on=row != "values")
                 loss = lambda f=function: f(layer, x_BTD, target_BTD, positions, kv)[0]  # noqa: E731, B023
                 measure(f"{row}, {precision}, {transform}", theta, loss, operations, rate)
-                if given.profile and row == "compiled":
+                if given.profile and row != "eager":
                     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
                         for _ in range(3):
                             loss().backward()

@@ -17,6 +17,7 @@ from bisup_lightning.model.linear import (
     QuantNorm,
 )
 from bisup_lightning.quant import low_rank
+from bisup_lightning.quant.integer_product import multiplies
 from bisup_lightning.quant.spec import Scheme
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -235,6 +236,15 @@ def theta_by_kind(layer: nn.Module) -> dict[str, list[Tensor]]:
     return {kind: tensors for kind, tensors in kinds.items() if tensors}
 
 
+def learn_by_codes(layer: nn.Module, on: bool = True) -> None:
+    """Let a layer's training passes multiply integer codes wherever its quantizers and its device allow, or no more."""
+    for entry in LINEAR_INPUTS:
+        place = f"{entry.linears[0]}.input_quantizer" if entry.norm is None else f"{entry.norm}.quantizer"
+        quantizer = _part(layer, place, InputQuantizer)
+        linears = [_part(layer, name, QuantLinear) for name in entry.linears] if on else []
+        quantizer.with_codes = on and all(multiplies(quantizer.segments, x.segments, x.weight) for x in linears)
+
+
 @torch.no_grad()
 def fuse_layer(layer: nn.Module) -> nn.Module:
     """Fold Θ into norms and integer weights, in place.
@@ -244,6 +254,7 @@ def fuse_layer(layer: nn.Module) -> nn.Module:
     Args:
         layer: A layer from `quantize_layer`, with or without Θ.
     """
+    learn_by_codes(layer, on=False)
     for entry, linears in linear_inputs(layer):
         for name, linear in zip(entry.linears, linears, strict=True):
             if isinstance(linear, QuantLinear):

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from bisup_lightning.quant import low_rank
+from bisup_lightning.quant import integer_product, low_rank
 from bisup_lightning.quant.affine import (
     as_stored,
     dequantize,
     fake_quantize,
     fake_quantize_segments,
-    kernels,
+    operators,
     quantize,
     storable,
     to_groups,
@@ -26,6 +26,7 @@ from bisup_lightning.quant.affine import (
 )
 from bisup_lightning.quant.clipping import search_weight_clip
 from bisup_lightning.quant.hadamard import apply_hadamard, hadamard_factors
+from bisup_lightning.quant.integer_product import Coded
 from bisup_lightning.quant.packing import pack, unpack
 from bisup_lightning.quant.spec import QuantSpec, Segment
 
@@ -60,6 +61,7 @@ class InputQuantizer(nn.Module):
         self.segments, self.storage_dtype, self.rotated = tuple(segments), storage_dtype, rotated
         features = sum(segment.columns for segment in segments)
         self.clips = nn.ParameterList(torch.full((_clip_count(segment),), clip) for segment in segments)
+        self.with_codes = False  # whether, where gradients are wanted, codes come along, for products of integers
         self.register_buffer("order", torch.arange(features, dtype=torch.int32) if reordered else None)
         self._factors: tuple[Tensor, ...] = hadamard_factors(rotated, torch.float32) if rotated else ()
 
@@ -74,10 +76,13 @@ class InputQuantizer(nn.Module):
             x = apply_hadamard(heads, self._factors, dim=-2).flatten(-2)
         return x
 
-    def forward(self, x_BTI: Tensor) -> Tensor:
+    def forward(self, x_BTI: Tensor) -> Tensor | Coded:
         """⟨x⟩ in x's dtype."""
         clips = [as_stored(clip, self.storage_dtype) for clip in self.clips]
-        return fake_quantize_segments(self.arrange(x_BTI), self.segments, clips)
+        x_BTI = self.arrange(x_BTI)
+        if self.with_codes and torch.is_grad_enabled():
+            return integer_product.coded_rows(x_BTI, self.segments[0], clips[0])
+        return fake_quantize_segments(x_BTI, self.segments, clips)
 
     def extra_repr(self) -> str:
         """The quantizers in `print(model)`."""
@@ -113,7 +118,7 @@ class QuantNorm(nn.Module):
         assert self.smoothing is not None
         return as_stored(weight_I * self.smoothing, self.storage_dtype).to(weight_I.dtype)
 
-    def forward(self, x_BTI: Tensor) -> Tensor:
+    def forward(self, x_BTI: Tensor) -> Tensor | Coded:
         """⟨norm(x) · s1⟩ in x's dtype."""
         if self.smoothing is None:
             return self.quantizer(self.norm(x_BTI))
@@ -207,7 +212,7 @@ class QuantLinear(nn.Module):
             if segment.spec is None:
                 part_OC = as_stored(self.compensated_weight(columns), self.storage_dtype)
             elif self._by_kernels():
-                part_OC, _ = self._rounded_by_kernel(segment.spec, columns, clip, dtype)
+                part_OC = self._rounded_by_kernel(segment.spec, columns, clip, dtype)[0]
             else:
                 part_OC = fake_quantize(self.compensated_weight(columns), segment.spec, clip, self.storage_dtype)
             parts.append(part_OC.to(dtype))
@@ -221,28 +226,38 @@ class QuantLinear(nn.Module):
 
     def _by_kernels(self) -> bool:
         rank = 0 if self.low_rank_a is None else self.low_rank_a.shape[1]
-        return kernels is not None and kernels.take(self.weight, rank)
+        return operators is not None and operators.take(self.weight, rank)
 
     def _rounded_by_kernel(
-        self, spec: QuantSpec, columns: slice, clip: Tensor, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        """Some columns of Ŵ, keeping nothing of W's size for the gradients; and their largest magnitudes [O, G]."""
+        self, spec: QuantSpec, columns: slice, clip: Tensor, dtype: torch.dtype, coded: bool = False
+    ) -> tuple[Tensor, ...]:
+        """What `round_weight` gives for some columns of Ŵ, keeping nothing of W's size for the gradients."""
         factors_I = self.column_factors()
         b_RC = None if self.low_rank_b is None else self.low_rank_b[:, columns]
-        assert kernels is not None
-        return kernels.round_weight(
+        assert operators is not None
+        return operators.round_weight(
             self.weight[:, columns], self.low_rank_a, b_RC, None if factors_I is None else factors_I[columns], clip,
             spec.bits, spec.group_size or columns.stop - columns.start, "none" if b_RC is None else self.low_rank_form,
-            self.storage_dtype, dtype,
-        )[:2]  # fmt: skip
+            self.storage_dtype, dtype, coded,
+        )  # fmt: skip
 
-    def forward(self, x_BTI: Tensor) -> Tensor:
+    def coded_weight(self) -> Coded:
+        """Ŵ [O, I] with its codes; for a weight of one segment."""
+        ((segment, columns, clip),) = self._segments()
+        assert segment.spec is not None
+        values, *_, codes, scale_GO = self._rounded_by_kernel(segment.spec, columns, clip, self.weight.dtype, True)
+        return Coded(values, codes, scale_GO)
+
+    def forward(self, x_BTI: Tensor | Coded) -> Tensor:
         """⟨x⟩ Ŵᵀ + bias, in x's dtype."""
+        x_BTI = self.input_quantizer(x_BTI)
+        if isinstance(x_BTI, Coded):
+            return integer_product.linear(x_BTI, self.coded_weight(), self.bias)
         if self.frugal:
             w_OI = checkpoint(self.quantized_weight, x_BTI.dtype, use_reentrant=False, preserve_rng_state=False)
         else:
             w_OI = self.quantized_weight(x_BTI.dtype)
-        return F.linear(self.input_quantizer(x_BTI), w_OI, self.bias)
+        return F.linear(x_BTI, w_OI, self.bias)
 
     def unquantized(self) -> "PackedLinear":
         """The same linear with its weight as it is; only its input is quantized."""
@@ -264,7 +279,7 @@ class QuantLinear(nn.Module):
         """Codes [O, C] and scales [O, G] of some columns: those of `quantized_weight`."""
         if not self._by_kernels():
             return quantize(self.compensated_weight(columns), spec, clip, self.storage_dtype)[:2]
-        w_OC, absmax_OG = self._rounded_by_kernel(spec, columns, clip, torch.float32)
+        w_OC, absmax_OG = self._rounded_by_kernel(spec, columns, clip, torch.float32)[:2]
         scale_OG = storable(absmax_OG * (1 / spec.qmax) * clip, self.storage_dtype)  # as the kernel does
         codes_OGg = to_groups(w_OC, spec) / scale_OG.unsqueeze(-1)
         return codes_OGg.round().flatten(-2).to(torch.int16), scale_OG

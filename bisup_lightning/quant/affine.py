@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bisup_lightning.quant.spec import MIN_SCALE, QuantSpec, Segment
 
-kernels = import_module("bisup_lightning.quant.kernels") if find_spec("triton") else None
+operators = import_module("bisup_lightning.quant.operators") if find_spec("triton") else None
 
 
 def to_groups(x: Tensor, spec: QuantSpec) -> Tensor:
@@ -158,10 +158,10 @@ def fake_quantize(
     Equal, element by element, to `dequantize(*quantize(...))` cast to x's dtype; but kernels multiply by 1/Δ, so that a
     value halfway between two points of the grid may go to the other one.
     """
-    by_kernel = kernels is not None and kernels.take(x) and spec.symmetric and scale_dtype is None
+    by_kernel = operators is not None and operators.take(x) and spec.symmetric and scale_dtype is None
     if by_kernel and clip_G is not None and clip_G.ndim == 1:
-        assert kernels is not None
-        return kernels.round_rows(x, clip_G, spec.bits, x.shape[-1] // spec.groups(x.shape[-1]))
+        assert operators is not None
+        return operators.round_rows(x, clip_G, spec.bits, x.shape[-1] // spec.groups(x.shape[-1]), False)[0]
     x_Gg = wide(to_groups(x, spec))
     scale, offset = scale_and_offset(x_Gg, spec, clip_G, scale_dtype)
     if offset is None:

@@ -22,13 +22,20 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available() and not INTERPRETED, reason="needs a CUDA device"),
 ]
 STORAGE = torch.float16 if INTERPRETED else torch.bfloat16  # the interpreter cuts bfloat16 off instead of rounding
-SHAPES = [(4, 32, 128), (3, 128, 256), (4, None, 200), (8, None, 96), (2, 24, 72)]  # bits, group size, features
+SHAPES = [
+    (4, 32, 128),
+    (3, 128, 256),
+    (4, None, 1160),
+    (3, 600, 1200),
+    (8, None, 96),
+    (2, 24, 72),
+]  # bits, group size, features
 
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
     if INTERPRETED:
-        monkeypatch.setattr(affine.kernels, "take", lambda x, rank=0: x.dtype in affine.kernels.STORED)
+        monkeypatch.setattr(affine.operators, "take", lambda x, rank=0: x.dtype in affine.operators.STORED)
 
 
 @pytest.fixture
@@ -37,8 +44,8 @@ def without_kernels(monkeypatch):
 
     def call(function):
         with monkeypatch.context() as patched:
-            patched.setattr(affine, "kernels", None)
-            patched.setattr(linear_module, "kernels", None)
+            patched.setattr(affine, "operators", None)
+            patched.setattr(linear_module, "operators", None)
             return function()
 
     return call
@@ -54,13 +61,21 @@ def assert_same_values(actual, expected):
     assert ((actual - expected).abs() > digits * expected.abs()).float().mean() <= 5e-3
 
 
-def assert_same_gradients(actual, expected):
-    """Sums of many terms in another order."""
+def assert_same_gradients(actual, expected, dtype):
+    """Sums of many terms in another order.
+
+    In a narrow dtype, autograd's own composition rounds gradients of A and B, too, and there are values just halfway
+    between two points of the grid: each changes the sums that it is part of.
+    """
     for one, other in zip(actual, expected, strict=True):
         assert one.shape == other.shape
         assert one.dtype == other.dtype
-        digits = 1e-4 if other.dtype == torch.float32 else 1e-2
-        digits *= 10 if other.numel() == 1 else 1  # the terms of a lone clip value's gradient nearly cancel
+        if dtype != torch.float32:
+            digits = 0.2 if other.numel() == 1 else 0.1
+            off = (one - other).float().abs() > digits * other.float().square().mean().sqrt()
+            assert off.float().mean() <= 0.05
+            continue
+        digits = 1e-3 if other.numel() == 1 else 1e-4  # the terms of a lone clip value's gradient nearly cancel
         assert (one - other).float().norm() <= digits * other.float().norm().clamp_min(1e-12)
 
 
@@ -83,7 +98,7 @@ def test_activations_round_alike_with_the_same_gradients(
     out, gradients = run()
     expected, expected_gradients = without_kernels(run)
     assert_same_values(out, expected)
-    assert_same_gradients(gradients, expected_gradients)
+    assert_same_gradients(gradients, expected_gradients, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -128,7 +143,7 @@ def test_weights_round_alike_with_the_same_gradients(
         assert_same_values(out, expected)
     else:  # AB may round the other way in its last digit, and W then to the next point of the grid
         assert ((out - expected).abs() > 1e-3 * expected.abs()).float().mean() < 0.01
-    assert_same_gradients(gradients, expected_gradients)
+    assert_same_gradients(gradients, expected_gradients, dtype)
     dense_OI = linear.fuse().dense_weight()
     assert torch.equal(dense_OI.to(dtype), out)  # what was learned with is what is stored
 
@@ -166,7 +181,7 @@ def test_what_kernels_do_not_take_is_composed_or_refused(without_kernels):
 
 
 def test_where_shared_memory_is_short_a_smaller_tile_is_taken():
-    kernels, tried = affine.kernels, []
+    kernels, tried = affine.operators, []
     from triton.runtime.errors import OutOfResources
 
     def launch(blocks):
