@@ -3,8 +3,9 @@
     python -m benchmarks.wavefront --shape 70b --forward_seconds 0.75 --gigabytes_per_second 200
 
 Every block passes, in units of one forward pass over the text: full-precision pass 1, epochs of 3 (forward and
-backward), then the start's loss and the fused block's outputs, 1 each. A stage waits for what `Schedule` says that it
-trains on. The walk is played through event by event, and compared with the schedule's own count of epochs.
+backward), the fused block's outputs and the start's loss, 1 each. In a wavefront a sample of the text comes before the
+outputs, and the start's loss behind them. A stage waits for what `Schedule` says that it trains on. The walk is played
+through event by event, and compared with the schedule's own count of epochs.
 """
 
 import argparse
@@ -13,11 +14,12 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
+from bisup_lightning.calibrate.driver import SAMPLE
 from bisup_lightning.calibrate.schedule import Schedule
 
 SHAPES = {"8b": (32, 4096), "32b": (64, 5120), "70b": (80, 8192)}  # blocks, hidden size
 SEQUENCES, LENGTH, EPOCHS = 128, 2048, 5
-PASS, STEP, END = 1.0, 3.0, 2.0  # full precision; an epoch; the start's loss and the fused outputs
+PASS, EPOCH = 1.0, 3.0  # a forward pass, of which the start's loss and the outputs take one each; an epoch
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,9 @@ def play(
     given: dict[tuple[int, int], float] = {}  # when a version of a block's outputs has arrived
     target: dict[int, float] = {}
     busy = sent = 0.0
+    chained = schedule.stages > 1 and not independent  # whose successors wait for final outputs
+    sample = 2 * SAMPLE * PASS if chained else 0.0
+    before, after = (sample + PASS, PASS) if chained else (2 * PASS, 0.0)
     for block in range(schedule.first, schedule.end):
         stage = schedule.stage_of(block)
         now = max(free[stage], target.get(block - 1, 0.0)) + PASS * forward
@@ -59,12 +64,13 @@ def play(
         for epoch in range(schedule.epochs):
             if block > schedule.first and not independent:
                 now = max(now, given[block - 1, schedule.version(block, epoch)])
-            now += STEP * forward
+            now += EPOCH * forward
             given[block, epoch] = now + travel
-        now += END * forward
+        now += before * forward
         given[block, schedule.final] = now + travel
+        now += after * forward
         free[stage] = now
-        busy += (PASS + STEP * schedule.epochs + END) * forward
+        busy += (PASS + EPOCH * schedule.epochs + before + after) * forward
         if block + 1 < schedule.end and schedule.stages > 1:
             sent += stream_bytes * (1 + (0 if independent else len(schedule.versions(block + 1))))
     seconds = max(free)

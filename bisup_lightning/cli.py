@@ -32,7 +32,7 @@ from bisup_lightning.calibrate.launch import launch
 from bisup_lightning.calibrate.measure import evaluate_checkpoint, evaluate_run, read_results
 from bisup_lightning.calibrate.merge import merge
 from bisup_lightning.calibrate.parallel import Ranks, environment, join
-from bisup_lightning.calibrate.run_store import CONFIG
+from bisup_lightning.calibrate.run_reader import CONFIG
 from bisup_lightning.calibrate.signals import Interrupted, Signals, requeue
 from bisup_lightning.configuration import check_file, flatten, one_line, root_message, trust
 from bisup_lightning.data.prompt import Prompt
@@ -52,7 +52,7 @@ from bisup_lightning.report.tables import comparison_table, perplexity_table, te
 PEER_LOST_PAUSE = 5.0  # seconds in which the launcher finds out which process ended first
 HARMLESS = (
     "config", "run_dir", "checkpoint", "resume", "dry_run", "streams", "parallel", "blocks", "trainer.logger",
-    "trainer.callbacks", "trainer.profiler", "trainer.devices",
+    "trainer.callbacks", "trainer.profiler", "trainer.devices", "solver.init_args.theta_from",
 )  # fmt: skip
 
 

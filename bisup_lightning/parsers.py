@@ -10,7 +10,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from bisup_lightning.calibrate.driver import Memory
 from bisup_lightning.calibrate.job import Compile
 from bisup_lightning.calibrate.parallel import Parallel
-from bisup_lightning.calibrate.run_store import Resume
+from bisup_lightning.calibrate.run_reader import Resume
 from bisup_lightning.calibrate.solvers import Solver
 from bisup_lightning.configuration import TRUST, new_parser
 from bisup_lightning.data.corpus import CalibrationData

@@ -68,7 +68,7 @@ class BlockCheckpoint(WalkCallback):
         plain = type(walk.relay) is Relay
         streams = walk.whole_streams() if plain and walk.share.agree(due, walk.model.device) else None
         if not walk.share.member:
-            walk.writer.save_block(result.index, result.tensors, result.metrics(), streams)
+            walk.writer.save_block(result.index, result.tensors, result.metrics(), streams, result.theta)
         self.saved_at = time.monotonic()
         if streams is not None:
             self.streams_saved_at = self.saved_at

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bisup_lightning import cli
-from bisup_lightning.calibrate.run_store import _digest
+from bisup_lightning.calibrate.run_reader import digest_of
 from bisup_lightning.calibrate.solvers import Solver
 from bisup_lightning.cli import main
 from bisup_lightning.files import sha256, write_json
@@ -301,7 +301,7 @@ def test_test_does_not_import_what_a_runs_configuration_names(make_checkpoint, t
     config.write_text(config.read_text().replace("bisup_lightning.calibrate.solvers.RTN", "stranger.Own"))
     manifest = json.loads((run / "manifest.json").read_text())
     manifest["files"]["config.yaml"] = sha256(config)
-    write_json(run / "manifest.json", manifest | {"sha256": _digest(manifest["fingerprint"], manifest["files"])})
+    write_json(run / "manifest.json", manifest | {"sha256": digest_of(manifest["fingerprint"], manifest["files"])})
     before = traces(run)
     command = ["test", f"--run_dir={run}", "--accelerator=cpu"]
     capsys.readouterr()

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from bisup_lightning.calibrate.wavefront import Relay
 from bisup_lightning.data.share import WHOLE, Share
-from bisup_lightning.model.block import is_clip, theta_parameters
+from bisup_lightning.model.block import is_clip, learn_by_codes, theta_parameters
 from bisup_lightning.model.blockwise import Positions, run_layer, run_layer_in_halves
 from bisup_lightning.model.kv import BlockKV
 from bisup_lightning.model.linear import QuantLinear
@@ -69,6 +69,11 @@ def frugal_block_loss(
     return F.mse_loss(output_BTD.float(), target_BTD.float()), output_BTD.detach()
 
 
+def host_copy(layer: nn.Module) -> dict[str, Tensor]:
+    """A layer's Θ by name, on the host."""
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in theta_parameters(layer).items()}
+
+
 class BlockCalibration(LightningModule):
     """Moves a quantized block's output on x_q towards the full-precision block's output on x_fp (eq. 8).
 
@@ -106,6 +111,7 @@ class BlockCalibration(LightningModule):
         self.attempt, self.micro_batch = attempt, micro_batch
         self.share, self.relay = share, relay
         self.loss = frugal_block_loss if frugal else block_loss
+        learn_by_codes(layer, on=not frugal)  # which need more memory
         for module in layer.modules():
             if isinstance(module, QuantLinear):
                 module.frugal = frugal
@@ -152,7 +158,12 @@ class BlockCalibration(LightningModule):
                     parameter.clamp_(min=MIN_CLIP)
 
     def on_train_epoch_end(self) -> None:
-        """Go no further once the loss is not finite. Read once an epoch, as reading makes the device wait."""
+        """Go no further once the loss is not finite. Read once an epoch, as reading makes the device wait.
+
+        What the last epoch learned is kept on the host, before it is fused.
+        """
+        if self.trainer.current_epoch + 1 == self.trainer.max_epochs:
+            self.learned = host_copy(self.layer)
         if not math.isfinite(self.trainer.callback_metrics["loss"].item()):
             self.trainer.should_stop = True
         else:

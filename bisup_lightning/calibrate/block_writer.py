@@ -30,6 +30,7 @@ class BlockWriter:
         tensors: Mapping[str, Tensor],
         metrics: Mapping[str, Any],
         streams: Mapping[str, Tensor] | None = None,
+        theta: Mapping[str, Tensor] | None = None,
     ) -> None:
         """See `RunStore.save_block`; returns before it is done, but with streams, which the next block changes.
 
@@ -37,7 +38,7 @@ class BlockWriter:
             OSError: If this, or what was saved before, can't be written.
         """
         self.wait()
-        self._writing = self._executor.submit(self.store.save_block, index, tensors, metrics, streams)
+        self._writing = self._executor.submit(self.store.save_block, index, tensors, metrics, streams, theta)
         if streams is not None:
             self.wait()
 

@@ -14,21 +14,25 @@ from bisup_lightning.calibrate.block_reader import BlockReader
 from bisup_lightning.calibrate.block_writer import BlockWriter
 from bisup_lightning.calibrate.events import WalkCallback
 from bisup_lightning.calibrate.parallel import Ranks
-from bisup_lightning.calibrate.run_store import Partial, Progress, RunStore
+from bisup_lightning.calibrate.run_reader import Partial, Progress
+from bisup_lightning.calibrate.run_store import RunStore
 from bisup_lightning.calibrate.signals import Signals
 from bisup_lightning.calibrate.solvers import Block, Solver
 from bisup_lightning.calibrate.wavefront import Relay
-from bisup_lightning.data.layer_inputs import LayerInputs
+from bisup_lightning.data.layer_inputs import LayerInputs, Run
 from bisup_lightning.data.share import WHOLE, Share
 from bisup_lightning.data.streams import Home, Streams, choose_place
 from bisup_lightning.errors import UserError
-from bisup_lightning.model.block import fuse_layer, hold_dense, stored_tensors
+from bisup_lightning.model.block import hold_dense, stored_tensors
 from bisup_lightning.model.blockwise import PROMPT, BlockwiseModel, Positions, run_layer_fast
 from bisup_lightning.model.family import layer_prefix
 from bisup_lightning.model.kv import BlockKV, KeyValue, KVQuantizer, PromptKV
 from bisup_lightning.model.statistics import InputStatistics
 from bisup_lightning.quant.spec import Scheme
 from bisup_lightning.transform.transform import Transform
+
+SAMPLE = 1 / 8  # of the text, on which a trained block is compared with its start before anyone waits for it
+CLEARLY = 0.9  # of the start's loss: on more than that, all of the text decides
 
 Memory = Literal["auto", "low"]
 MakeTrainer = Callable[[int, int], Trainer]
@@ -48,6 +52,7 @@ class BlockResult:
         micro_batch: Sequences that were computed at a time; fewer than in a batch where the device ran out of memory.
         stages: How many blocks were learned at the same time.
         phases: Seconds that each part of the work took, in order.
+        theta: What was learned, on the host, if the solver keeps it.
     """
 
     index: int
@@ -59,6 +64,7 @@ class BlockResult:
     micro_batch: int
     stages: int
     phases: Mapping[str, float]
+    theta: Mapping[str, Tensor] | None = None
 
     @property
     def seconds(self) -> float:
@@ -286,22 +292,26 @@ class BlockWalk:
             partial=self.partial if self.partial is not None and self.partial.index == index else None,
             frugal=self.memory == "low",
         )
-        start = hold_dense(fuse_layer(block.start()), self.model.dtype)
+        start = hold_dense(self.solver.start(block), self.model.dtype)
         if not self.relay.arriving:
             self.loss_initial = self.inputs.loss_q(block.run(start))
         clock.lap("start")
         layer = hold_dense(self.solver.solve(block) or start, self.model.dtype)
         clock.lap("solve")
-        if self.relay.arriving:  # the start must be judged on the inputs that the trained block is judged on
+        judged = not self.relay.arriving
+        if self.relay.arriving:  # the start is judged on the inputs that the trained block is judged on
             self.relay.receive_final()
-            self.loss_initial = self.inputs.loss_q(block.run(start))
+            if layer is start or not self._clearly_better(block.run(layer), block.run(start)):
+                self.loss_initial, judged = self.inputs.loss_q(block.run(start)), True
         outputs, loss = self.inputs.outputs_q(block.run(layer))
-        if not loss < self.loss_initial and layer is not start:  # not less is NaN, too
+        if judged and not loss < self.loss_initial and layer is not start:  # not less is NaN, too
             layer = start
             del outputs  # or there would be a fourth copy
             outputs, loss = self.inputs.outputs_q(block.run(layer))
-        self.inputs.advance_q(outputs)
         self.relay.send_final(outputs)
+        if not judged:
+            self.loss_initial = self.inputs.loss_q(block.run(start))
+        self.inputs.advance_q(outputs)
         clock.lap("advance")
         tensors = self._stored(index, layer, prompt)
         clock.lap("store")
@@ -315,7 +325,12 @@ class BlockWalk:
             micro_batch=self.inputs.micro_batch,
             stages=self.relay.stages,
             phases=clock.laps,
+            theta=block.learned_before if layer is start else block.learned,
         )
+
+    def _clearly_better(self, trained: Run, start: Run) -> bool:
+        """Whether a few sequences leave no doubt, so that the successor need not wait for the start's loss on all."""
+        return self.inputs.loss_q(trained, SAMPLE) < CLEARLY * self.inputs.loss_q(start, SAMPLE)
 
     def _positions(self, index: int) -> Positions:
         return self.model.positions(index, self.inputs.fp.shape[1], len(self.prompt_ids))

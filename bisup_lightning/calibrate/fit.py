@@ -28,7 +28,8 @@ from bisup_lightning.calibrate.parallel import (
     take_place,
 )
 from bisup_lightning.calibrate.run_lock import RunLock
-from bisup_lightning.calibrate.run_store import METRICS, Progress, RunStore
+from bisup_lightning.calibrate.run_reader import METRICS, Progress
+from bisup_lightning.calibrate.run_store import RunStore
 from bisup_lightning.calibrate.wavefront import Independent, Wavefront
 from bisup_lightning.data import corpus
 from bisup_lightning.data.share import PeerLost
@@ -211,18 +212,19 @@ def walk(
         streams=job.streams,
     )
     block_walk.prepare()
-    if job.independent or place.stage > 0:
-        block_walk.begin(tokens_NT)
-    else:
-        block_walk.resume(tokens_NT, progress)
-    stream, prompt_1PD = block_walk.inputs.fp, block_walk.prompt_1PD
-    if job.independent:
-        wanted = parse_blocks(job.blocks, model.num_layers)
-        block_walk.relay = Independent(wanted, progress.scattered, place, stream, prompt_1PD)
-    elif front is not None:
-        block_walk.partial = partial_at(store, front, place)
-        block_walk.relay = Wavefront(front, job.ranks, place, stream, prompt_1PD)
+    # Resuming passes through finished blocks, which must give what they gave when they were finished.
     with torch.compiler.set_stance("default" if compiles(job, model) else "force_eager"):
+        if job.independent or place.stage > 0:
+            block_walk.begin(tokens_NT)
+        else:
+            block_walk.resume(tokens_NT, progress)
+        stream, prompt_1PD = block_walk.inputs.fp, block_walk.prompt_1PD
+        if job.independent:
+            wanted = parse_blocks(job.blocks, model.num_layers)
+            block_walk.relay = Independent(wanted, progress.scattered, place, stream, prompt_1PD)
+        elif front is not None:
+            block_walk.partial = partial_at(store, front, place)
+            block_walk.relay = Wavefront(front, job.ranks, place, stream, prompt_1PD)
         block_walk.run()
 
 

@@ -12,7 +12,7 @@ import bisup_lightning
 from bisup_lightning.calibrate.driver import Memory
 from bisup_lightning.calibrate.events import WalkCallback
 from bisup_lightning.calibrate.parallel import Parallel, Ranks
-from bisup_lightning.calibrate.run_store import Resume
+from bisup_lightning.calibrate.run_reader import THETA, Resume, RunReader
 from bisup_lightning.calibrate.signals import Signals
 from bisup_lightning.calibrate.solvers import Solver
 from bisup_lightning.data import corpus
@@ -31,6 +31,7 @@ from bisup_lightning.transform.transform import Transform
 
 Compile = Literal["auto", "always", "never"]
 WORTH_COMPILING = 5e14  # operations of one forward pass over the text: what a model of 1 B has on 128 × 2048 tokens
+MEANING_OF_THETA = ("seed", "precision.", "transform.", "solver.init_args.theta.", "data.", "prompt.", "checkpoint/")
 TOKENIZER_FILES = ("tokenizer*", "vocab.*", "merges.txt", "chat_template.*", "special_tokens_map.json")
 
 
@@ -165,4 +166,29 @@ def fingerprint(job: Job, fp: BlockwiseModel) -> dict[str, Any]:
     for source in {job.data.calibration, *job.evaluation.perplexity, *job.evaluation.zero_shot}:
         if Path(source).is_file():
             entries[f"text/{source}"] = sha256(Path(source))
-    return entries | {"bisup_lightning": bisup_lightning.__version__, "device": job.device.type}
+    entries |= {"bisup_lightning": bisup_lightning.__version__, "device": job.device.type}
+    return entries | (theta_to_start_from(job.solver.theta_from, entries) if job.solver.theta_from else {})
+
+
+def theta_to_start_from(run: Path, entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Entries of a fingerprint for the Θ that another run kept.
+
+    Args:
+        run: Its directory.
+        entries: This run's own.
+
+    Raises:
+        UserError: If it kept none, or learned it for other quantizers, on another text or in another basis.
+    """
+    earlier = RunReader(run)
+    try:
+        earlier.open_finished()
+        earlier.check_whole(THETA)
+    except UserError as error:
+        raise UserError(f"solver.theta_from: {error}") from error
+    if not earlier.fingerprint.get("solver.init_args.keep_theta"):
+        raise UserError(f"solver.theta_from: {run} kept no Θ; run its fit with --solver.keep_theta true")
+    shared = {key for key in {**earlier.fingerprint, **entries} if key.startswith(MEANING_OF_THETA)}
+    if changed := sorted(key for key in shared if earlier.fingerprint.get(key) != entries.get(key)):
+        raise UserError(f"solver.theta_from: {run} differs in {', '.join(changed)}; its Θ means something else there")
+    return {f"theta_from/{name}": digest for name, digest in earlier.files.items() if name.endswith(THETA)}

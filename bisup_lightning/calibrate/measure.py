@@ -79,7 +79,8 @@ def read_results(run_dir: Path) -> dict[str, Any]:
         UserError: If there are none, or the run is damaged.
     """
     store = RunStore(run_dir)
-    store.check_finished()
+    store.open_finished()
+    store.check_whole()
     return store.results()
 
 

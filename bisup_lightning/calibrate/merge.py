@@ -52,5 +52,6 @@ def merge(runs: Sequence[Path], job: Job) -> dict[str, Any] | None:
         merged.begin(job.config_yaml, tokens_NT)
         for index, store in sorted(source.items()):
             if index not in there:
-                merged.save_block(index, store.read_block(index), store.read_metrics(index))
+                block, metrics, theta = store.read_block(index), store.read_metrics(index), store.read_theta(index)
+                merged.save_block(index, block, metrics, theta=theta)
     return fit(replace(job, blocks=None))

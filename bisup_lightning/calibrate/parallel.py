@@ -13,7 +13,8 @@ import torch.distributed as dist
 from lightning.fabric.plugins.environments import ClusterEnvironment, SLURMEnvironment, TorchElasticEnvironment
 
 from bisup_lightning.calibrate.link import Link
-from bisup_lightning.calibrate.run_store import Partial, Progress, RunStore
+from bisup_lightning.calibrate.run_reader import Partial, Progress
+from bisup_lightning.calibrate.run_store import RunStore
 from bisup_lightning.calibrate.schedule import Schedule
 from bisup_lightning.data.share import WHOLE, Share, waiting_for_peers
 from bisup_lightning.errors import UserError

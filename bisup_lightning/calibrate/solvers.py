@@ -5,18 +5,19 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
-from bisup_lightning.calibrate.block_calibration import BlockCalibration, Optimization
-from bisup_lightning.calibrate.run_store import Partial
+from bisup_lightning.calibrate.block_calibration import BlockCalibration, Optimization, host_copy
+from bisup_lightning.calibrate.run_reader import Partial, RunReader
 from bisup_lightning.calibrate.wavefront import Relay
 from bisup_lightning.data.datamodule import BlockDataModule
 from bisup_lightning.data.layer_inputs import LayerInputs, Run
 from bisup_lightning.errors import UserError
-from bisup_lightning.model.block import Theta, add_theta, fuse_layer, is_fused, quantize_layer
+from bisup_lightning.model.block import Theta, add_theta, fuse_layer, is_fused, quantize_layer, theta_parameters
 from bisup_lightning.model.blockwise import BlockwiseModel, Positions, run_layer, run_layer_fast
 from bisup_lightning.model.family import LINEAR_INPUTS
 from bisup_lightning.model.kv import BlockKV
@@ -69,6 +70,8 @@ class Block:
     partial: Partial | None = None
     frugal: bool = False
     quantized: nn.Module | None = None  # what `start` gives copies of
+    learned: Mapping[str, Tensor] | None = None  # Θ of the solution, from a solver that keeps it
+    learned_before: Mapping[str, Tensor] | None = None  # Θ of the start, likewise
 
     def start(self) -> nn.Module:
         """The block with rounding and grid-searched clips, where every solver starts; frozen weights are shared."""
@@ -99,6 +102,11 @@ class Solver(ABC):
 
     needs_statistics = False  # of at least as many tokens as the widest linear input has channels
     epochs = 1  # in which a block's outputs change
+    theta_from: Path | None = None  # the run whose Θ it goes on from
+
+    def start(self, block: Block) -> nn.Module:
+        """The fused block that a solution must be better than: rounding with grid-searched clips."""
+        return fuse_layer(block.start())
 
     @abstractmethod
     def solve(self, block: Block) -> nn.Module | None:
@@ -121,6 +129,10 @@ class BiSup(Solver):
         optimization: How.
         epochs: Passes over the calibration data (paper: 5).
         activation_clip: Where the activations' learned clip values start (paper: 0.9).
+        keep_theta: Keep each block's Θ in run_dir, for another run to go on from.
+        theta_from: A finished run that kept its Θ: each block starts there instead of at rounding. After
+            `--parallel.mode independent`, an epoch more of the walk wins back what blocks lose that never saw each
+            other's errors.
     """
 
     def __init__(
@@ -129,17 +141,29 @@ class BiSup(Solver):
         optimization: Optimization = Optimization(),  # noqa: B008
         epochs: int = 5,
         activation_clip: float = 0.9,
+        keep_theta: bool = False,
+        theta_from: Path | None = None,
     ) -> None:
         super().__init__(activation_clip)
         if epochs < 1:
             raise ValueError(f"solver.epochs must be at least 1, not {epochs}")
         self.theta, self.optimization, self.epochs = theta, optimization, epochs
+        self.keep_theta, self.theta_from = keep_theta, theta_from
+
+    def start(self, block: Block) -> nn.Module:
+        """What was learned before, if anything was."""
+        if self.theta_from is None:
+            return super().start(block)
+        layer = self._learnable(block)
+        block.learned_before = host_copy(layer) if self.keep_theta else None
+        return fuse_layer(layer)
 
     def solve(self, block: Block) -> nn.Module | None:
         """Learn Θ; once more at a tenth of the learning rate if the loss is not finite; give up after that."""
         for attempt in range(block.partial.attempt if block.partial else 0, ATTEMPTS):
             module, loss = self._train(block, attempt)
             if math.isfinite(loss):
+                block.learned = module.learned if self.keep_theta else None
                 if not is_fused(module.layer):  # without the Fuse callback
                     fuse_layer(module.layer)
                 return module.layer.to(block.model.device)
@@ -149,9 +173,7 @@ class BiSup(Solver):
         """A trained block and the mean loss of its last epoch; what does not fit is trained in micro-batches."""
         saved = block.partial.path if block.partial and block.partial.attempt == attempt else None
         while True:
-            layer = block.start()
-            generator = torch.Generator().manual_seed(block.seed)
-            add_theta(layer, self.theta, generator, block.statistics.absmax)
+            layer = self._learnable(block)
             micro_batch = min(block.batch_size, block.inputs.micro_batch)
             batches = BlockDataModule(block.inputs, block.batch_size, block.seed, block.relay.begin_epoch)
             steps = self.epochs * len(batches.batches)
@@ -175,6 +197,17 @@ class BiSup(Solver):
             block.inputs.halve(out_of_memory)
             if block.relay.arriving:  # whose inputs have gone on since
                 saved = None
+
+    def _learnable(self, block: Block) -> nn.Module:
+        """The block with its Θ where learning begins."""
+        layer = block.start()
+        add_theta(layer, self.theta, torch.Generator().manual_seed(block.seed), block.statistics.absmax)
+        if self.theta_from is not None:
+            learned = RunReader(self.theta_from).read_theta(block.index) or {}
+            theta = theta_parameters(layer)
+            for name, tensor in learned.items():
+                theta[name].data.copy_(tensor)
+        return layer
 
 
 class GPTQ(Solver):

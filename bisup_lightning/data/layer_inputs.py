@@ -75,7 +75,7 @@ class LayerInputs:
 
         One that does not fit is taken again in halves.
         """
-        start, end = 0, len(self.fp)
+        start, end = 0, len(streams[0])
         while start < end:
             batches = [slice(at, at + self.micro_batch) for at in range(start, end, self.micro_batch)]
             parts = moved((tuple(stream[batch] for stream in streams) for batch in batches), self.device)
@@ -96,15 +96,16 @@ class LayerInputs:
         self._for_each(step, self.fp)
 
     @torch.no_grad()
-    def loss_q(self, run: Run) -> float:
-        """Mean square distance of a quantized block's output on x_q to the target (eq. 8)."""
+    def loss_q(self, run: Run, part: float = 1.0) -> float:
+        """Mean square distance of a quantized block's output on x_q to the target (eq. 8), or on part of the text."""
+        count = max(1, round(part * len(self.q)))
         squares = torch.zeros((), dtype=torch.float64, device=self.device)
 
         def step(batch: slice, x_BTD: Tensor, target_BTD: Tensor) -> None:
             squares.add_(squared_error(run(x_BTD), target_BTD))
 
-        self._for_each(step, self.q, self.fp)
-        return self._mean(squares)
+        self._for_each(step, self.q[:count], self.fp[:count])
+        return self._mean(squares) * len(self.q) / count
 
     @torch.no_grad()
     def outputs_q(self, run: Run) -> tuple[Tensor, float]:

@@ -20,7 +20,7 @@ class SlowStore:
     def __init__(self, broken=()):
         self.go, self.begun, self.saved, self.broken = threading.Event(), threading.Event(), [], broken
 
-    def save_block(self, index, tensors, metrics, streams):
+    def save_block(self, index, tensors, metrics, streams, theta):
         self.begun.set()
         assert self.go.wait(PATIENCE)
         if index in self.broken:

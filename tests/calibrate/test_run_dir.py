@@ -11,7 +11,7 @@ import pytest
 
 from bisup_lightning.calibrate import run_lock
 from bisup_lightning.calibrate.run_lock import OWNER, SILENCE
-from bisup_lightning.calibrate.run_store import _digest
+from bisup_lightning.calibrate.run_reader import digest_of
 from bisup_lightning.cli import main
 from bisup_lightning.files import sha256
 from tests.inputs import fit_command
@@ -79,7 +79,7 @@ def forge(run, change):
     path = run / "manifest.json"
     manifest = json.loads(path.read_text())
     change(manifest["files"])
-    manifest["sha256"] = _digest(manifest["fingerprint"], manifest["files"])
+    manifest["sha256"] = digest_of(manifest["fingerprint"], manifest["files"])
     path.write_text(json.dumps(manifest))
 
 

@@ -83,3 +83,11 @@ def test_nothing_is_kept_for_a_backward_pass():
     outputs, _ = inputs.outputs_q(lambda x_BTD: x_BTD @ weight)
     assert not inputs.fp.requires_grad
     assert not outputs.requires_grad
+
+
+@pytest.mark.parametrize(("part", "count"), [(1 / 8, 1), (0.5, 4), (1.0, 7)])
+def test_the_loss_of_a_part_is_that_of_the_first_sequences(part, count):
+    x_fp, x_q = streams()
+    inputs, run = LayerInputs(x_fp, x_q, CPU, 3), block(2)
+    exact = (run(x_q[:count]).double() - x_fp[:count].double()).square().mean().item()
+    assert inputs.loss_q(run, part) == pytest.approx(exact, rel=1e-6)
