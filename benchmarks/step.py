@@ -119,7 +119,7 @@ def main() -> None:
                     continue
                 function = block_loss.__wrapped__ if row == "eager" else block_loss
                 learn_by_codes(layer, on=row != "values")
-                loss = lambda f=function: f(layer, x_BTD, target_BTD, positions, kv)[0]  # noqa: E731, B023
+                loss = lambda f=function: f(layer, x_BTD, target_BTD, positions, kv)  # noqa: E731, B023
                 measure(f"{row}, {precision}, {transform}", theta, loss, operations, rate)
                 if given.profile and row != "eager":
                     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:

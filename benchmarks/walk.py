@@ -50,9 +50,9 @@ class Timeline(WalkCallback):
     def on_block_end(self, walk: BlockWalk, result: BlockResult) -> None:
         """Note the time; this callback stands behind the one that saves."""
         torch.cuda.synchronize()
-        Timeline.ends.append(time.perf_counter())
+        now = time.perf_counter()
         if result.index == self.profiled:
-            wall = Timeline.ends[-1] - self.began
+            wall = now - self.began
             self.profiler.stop()
             spans = sorted(
                 (event.time_range.start, event.time_range.end)
@@ -64,6 +64,8 @@ class Timeline(WalkCallback):
                 busy += max(0.0, end - max(start, reached))
                 reached = max(reached, end)
             Timeline.busy = busy * 1e-6 / wall
+            now = time.perf_counter()  # reading the profile takes seconds, which are not the next block's
+        Timeline.ends.append(now)
 
 
 def main() -> None:

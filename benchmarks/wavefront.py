@@ -1,11 +1,11 @@
-"""How long several GPUs would take, from the wavefront's time table and what one GPU needs: no GPU is used.
+"""How long several GPUs would take, from what one GPU needs and what blocks wait for: no GPU is used.
 
     python -m benchmarks.wavefront --shape 70b --forward_seconds 0.75 --gigabytes_per_second 200
 
 Every block passes, in units of one forward pass over the text: full-precision pass 1, epochs of 3 (forward and
-backward), the fused block's outputs and the start's loss, 1 each. In a wavefront a sample of the text comes before the
-outputs, and the start's loss behind them. A stage waits for what `Schedule` says that it trains on. The walk is played
-through event by event, and compared with the schedule's own count of epochs.
+backward), the fused block's outputs and the start's loss, 1 each. In a wavefront the last epoch waits for what the
+fused predecessor gives; a sample of the text comes before the outputs, and the start's loss behind them. The walk is
+played through event by event.
 """
 
 import argparse
@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.table import Table
 
 from bisup_lightning.calibrate.driver import SAMPLE
-from bisup_lightning.calibrate.schedule import Schedule
 
 SHAPES = {"8b": (32, 4096), "32b": (64, 5120), "70b": (80, 8192)}  # blocks, hidden size
 SEQUENCES, LENGTH, EPOCHS = 128, 2048, 5
@@ -38,43 +37,36 @@ class Played:
 
 
 def play(
-    schedule: Schedule, forward: float, stream_bytes: float, bandwidth: float, independent: bool = False
+    blocks: int, stages: int, forward: float, stream_bytes: float, bandwidth: float, independent: bool = False
 ) -> Played:
-    """Play a wavefront through.
+    """Play a walk through.
 
     Args:
-        schedule: Who learns what, on what.
+        blocks: Of the model.
+        stages: Which take turns at them.
         forward: Seconds of one forward pass of a block over the text, on one stage.
         stream_bytes: Size of one member's part of a stream.
         bandwidth: Bytes per second from stage to stage; messages are sent beside the computation.
         independent: Whether blocks learn on full-precision inputs, so that nothing but those is waited for and sent.
     """
-    travel = stream_bytes / bandwidth if schedule.stages > 1 else 0.0
-    free = [0.0] * schedule.stages
-    given: dict[tuple[int, int], float] = {}  # when a version of a block's outputs has arrived
-    target: dict[int, float] = {}
-    busy = sent = 0.0
-    chained = schedule.stages > 1 and not independent  # whose successors wait for final outputs
+    chained = stages > 1 and not independent  # whose last epoch waits for the predecessor
+    travel = stream_bytes / bandwidth if stages > 1 else 0.0
     sample = 2 * SAMPLE * PASS if chained else 0.0
-    before, after = (sample + PASS, PASS) if chained else (2 * PASS, 0.0)
-    for block in range(schedule.first, schedule.end):
-        stage = schedule.stage_of(block)
-        now = max(free[stage], target.get(block - 1, 0.0)) + PASS * forward
-        target[block] = now + travel
-        for epoch in range(schedule.epochs):
-            if block > schedule.first and not independent:
-                now = max(now, given[block - 1, schedule.version(block, epoch)])
-            now += EPOCH * forward
-            given[block, epoch] = now + travel
-        now += before * forward
-        given[block, schedule.final] = now + travel
-        now += after * forward
-        free[stage] = now
-        busy += (PASS + EPOCH * schedule.epochs + before + after) * forward
-        if block + 1 < schedule.end and schedule.stages > 1:
-            sent += stream_bytes * (1 + (0 if independent else len(schedule.versions(block + 1))))
+    free = [0.0] * stages
+    target = given = float("-inf")  # when the predecessor's full-precision and fused outputs are there
+    for block in range(blocks):
+        now = max(free[block % stages], target) + PASS * forward
+        target = now + travel
+        now += (EPOCHS - 1) * EPOCH * forward
+        if chained:
+            now = max(now, given)
+        now += (EPOCH + sample + PASS) * forward
+        given = now + travel
+        free[block % stages] = now + PASS * forward
     seconds = max(free)
-    return Played(seconds, busy / (seconds * schedule.stages), sent / schedule.stages)
+    busy = blocks * (PASS + EPOCHS * EPOCH + sample + 2 * PASS) * forward / (seconds * stages)
+    messages = (blocks - 1) * (1 + chained) if stages > 1 else 0
+    return Played(seconds, busy, messages * stream_bytes / stages)
 
 
 def main() -> None:
@@ -87,7 +79,7 @@ def main() -> None:
     given = parser.parse_args()
     blocks, hidden = SHAPES[given.shape]
     stream = SEQUENCES * LENGTH * hidden * 2  # bfloat16
-    one = play(Schedule(0, blocks, 1, EPOCHS), given.forward_seconds, stream, 1.0).seconds
+    one = play(blocks, 1, given.forward_seconds, stream, 1.0).seconds
     table = Table(
         "GPUs", "mode", "stages × members", "minutes", "speed-up", "of the ideal", "busy", "sent by each (GB)",
         "streams of each (GB)",
@@ -99,10 +91,10 @@ def main() -> None:
             if members > 8:  # a batch of 8 has no more parts
                 continue
             played = play(
-                Schedule(0, blocks, stages, EPOCHS), given.forward_seconds / members, stream / members,
-                1e9 * given.gigabytes_per_second, mode == "independent",
+                blocks, stages, given.forward_seconds / members, stream / members, 1e9 * given.gigabytes_per_second,
+                mode == "independent",
             )  # fmt: skip
-            copies = 6 if mode == "wavefront" else 3  # inputs, target, outputs; those arriving, and two on their way
+            copies = 4 if mode == "wavefront" else 3  # inputs, target, outputs; in a wavefront, those on their way
             table.add_row(
                 str(gpus), mode, f"{stages} × {members}", f"{played.seconds / 60:.1f}", f"{one / played.seconds:.2f}",
                 f"{100 * one / played.seconds / gpus:.0f} %", f"{100 * played.busy:.0f} %",

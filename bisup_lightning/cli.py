@@ -143,11 +143,21 @@ def processes(config: Namespace) -> int:
     return count
 
 
+def settle_inputs(config: Namespace) -> None:
+    """Say in the configuration, and so in the run's fingerprint, how many epochs are on full-precision inputs."""
+    solver, mode = config.solver.get("init_args", {}), config.parallel.mode
+    if mode == "independent" and "fp_epochs" in solver:
+        solver.fp_epochs = 0  # all are, without a say of the solver's
+    elif solver.get("fp_epochs", 0) is None:
+        solver.fp_epochs = solver.epochs - 1 if mode == "wavefront" else 0
+
+
 def make_job(parser: LightningArgumentParser, config: Namespace, signals: Signals, ranks: Ranks = Ranks()) -> Job:  # noqa: B008
     """What `fit` was asked for, from its parsed configuration; where several processes run, as one of them."""
     if config.trainer.deterministic:  # from the first forward pass on, not only where a Trainer trains
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=config.trainer.deterministic == "warn")
+    settle_inputs(config)
     try:
         objects = parser.instantiate(config)
     except ValueError as error:  # a value that its class refuses

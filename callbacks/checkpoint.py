@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from bisup_lightning.calibrate.block_calibration import BlockCalibration
 from bisup_lightning.calibrate.driver import BlockResult, BlockWalk
 from bisup_lightning.calibrate.events import WalkCallback
-from bisup_lightning.calibrate.wavefront import Relay, Wavefront
+from bisup_lightning.calibrate.wavefront import Relay
 
 
 class BlockCheckpoint(WalkCallback):
@@ -29,6 +29,7 @@ class BlockCheckpoint(WalkCallback):
         """Start the clocks."""
         self.walk, self.index = walk, 0
         self.saved_at = self.streams_saved_at = time.monotonic()
+        self.parted = False  # whether the training was saved because of a signal
 
     def on_block_start(self, walk: BlockWalk, index: int) -> None:
         """Remember which block it is."""
@@ -42,24 +43,18 @@ class BlockCheckpoint(WalkCallback):
         """Save the training if it is time or a signal came, which then ends the run.
 
         Not behind the last batch of an epoch: a Trainer that resumed there would lose count of the next one. Of several
-        processes that train a block together, the first saves it. Blocks that learn side by side save themselves
-        together, as rarely as streams are saved, for each saves its inputs, too.
+        processes that train a block together, the first saves it.
         """
         if trainer.is_last_batch:
             return
         assert isinstance(pl_module, BlockCalibration)
-        relay, signals, now = self.walk.relay, self.walk.signals, time.monotonic()
-        if isinstance(relay, Wavefront):
-            if not batch[2] and not pl_module.attempt:
-                due = now - self.streams_saved_at >= self.streams_every_n_seconds
-                if (name := relay.front(trainer.current_epoch, due)) is not None:
-                    self.walk.writer.save_front(*name, trainer.save_checkpoint)
-                    self.streams_saved_at = now
-        elif signals.received is not None or now - self.saved_at >= self.every_n_seconds:
+        signals, now = self.walk.signals, time.monotonic()
+        parting = signals.received is not None and not self.parted
+        if parting or now - self.saved_at >= self.every_n_seconds:
             if not self.walk.share.member:
                 step = trainer.global_step
                 self.walk.writer.save_partial(self.index, pl_module.attempt, step, trainer.save_checkpoint)
-            self.saved_at = now
+            self.saved_at, self.parted = now, signals.received is not None
         signals.check()
 
     def on_block_end(self, walk: BlockWalk, result: BlockResult) -> None:

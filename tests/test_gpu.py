@@ -88,7 +88,7 @@ def gradients_of_a_step(dtype, function, group_size=64, hadamard=False, by_codes
     learn_by_codes(layer, on=by_codes)
     quantizers = [module for module in layer.modules() if isinstance(module, InputQuantizer)]
     assert [module.with_codes for module in quantizers] == [by_codes] * 4
-    loss, _ = function(layer, entered, hidden, positions, kv)
+    loss = function(layer, entered, hidden, positions, kv)
     return dict(zip(theta, torch.autograd.grad(loss, list(theta.values())), strict=True))
 
 

@@ -11,7 +11,6 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from bisup_lightning.calibrate.wavefront import Relay
 from bisup_lightning.data.share import WHOLE, Share
 from bisup_lightning.model.block import is_clip, learn_by_codes, theta_parameters
 from bisup_lightning.model.blockwise import Positions, run_layer, run_layer_in_halves
@@ -53,20 +52,14 @@ class Optimization:
 
 
 @compiled_on_gpu(dynamic=False)
-def block_loss(
-    layer: nn.Module, x_BTD: Tensor, target_BTD: Tensor, positions: Positions, kv: BlockKV
-) -> tuple[Tensor, Tensor]:
-    """Mean square distance of a block's output on x_q to the target (eq. 8), in float32; and that output."""
-    output_BTD = run_layer(layer, x_BTD, positions, kv)
-    return F.mse_loss(output_BTD.float(), target_BTD.float()), output_BTD.detach()
+def block_loss(layer: nn.Module, x_BTD: Tensor, target_BTD: Tensor, positions: Positions, kv: BlockKV) -> Tensor:
+    """Mean square distance of a block's output to the target (eq. 8), in float32."""
+    return F.mse_loss(run_layer(layer, x_BTD, positions, kv).float(), target_BTD.float())
 
 
-def frugal_block_loss(
-    layer: nn.Module, x_BTD: Tensor, target_BTD: Tensor, positions: Positions, kv: BlockKV
-) -> tuple[Tensor, Tensor]:
+def frugal_block_loss(layer: nn.Module, x_BTD: Tensor, target_BTD: Tensor, positions: Positions, kv: BlockKV) -> Tensor:
     """The same; its gradients take a second forward pass instead of memory for all that the first one made."""
-    output_BTD = run_layer_in_halves(layer, x_BTD, positions, kv)
-    return F.mse_loss(output_BTD.float(), target_BTD.float()), output_BTD.detach()
+    return F.mse_loss(run_layer_in_halves(layer, x_BTD, positions, kv).float(), target_BTD.float())
 
 
 def host_copy(layer: nn.Module) -> dict[str, Tensor]:
@@ -87,7 +80,6 @@ class BlockCalibration(LightningModule):
         attempt: Which try this is: a first one, or one at a tenth of every learning rate after that diverged.
         micro_batch: Sequences to compute at a time; gradients add up over a batch. None for the whole batch.
         share: The processes that train this block together, each on its part of every batch.
-        relay: To whoever trains on this block's outputs meanwhile.
         frugal: Whether to save memory at the cost of a second forward pass.
     """
 
@@ -101,7 +93,6 @@ class BlockCalibration(LightningModule):
         attempt: int = 0,
         micro_batch: int | None = None,
         share: Share = WHOLE,
-        relay: Relay = Relay(),  # noqa: B008  without state
         frugal: bool = False,
     ) -> None:
         super().__init__()
@@ -109,30 +100,29 @@ class BlockCalibration(LightningModule):
         self.positions, self.kv = positions, kv
         self.optimization, self.steps = optimization, steps
         self.attempt, self.micro_batch = attempt, micro_batch
-        self.share, self.relay = share, relay
+        self.share = share
         self.loss = frugal_block_loss if frugal else block_loss
         learn_by_codes(layer, on=not frugal)  # which need more memory
         for module in layer.modules():
             if isinstance(module, QuantLinear):
                 module.frugal = frugal
 
-    def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Mean square error in float32 of one batch (x_q, target, rows), or of its last micro-batch.
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Mean square error in float32 of one batch (inputs, target), or of its last micro-batch.
 
         The gradients of the micro-batches before that are added here, so that no more than one is ever in memory.
         Where several processes share a batch, each adds its part of the mean.
         """
-        x_BTD, target_BTD, rows_B = batch
+        x_BTD, target_BTD = batch
         size = self.micro_batch or len(x_BTD)
-        parts = list(zip(x_BTD.split(size), target_BTD.split(size), rows_B.split(size), strict=True))
+        parts = list(zip(x_BTD.split(size), target_BTD.split(size), strict=True))
         loss, total = x_BTD.new_zeros(()), x_BTD.new_zeros((), dtype=torch.float32)
-        for place, (x_bTD, target_bTD, rows_b) in enumerate(parts):
-            loss, output_bTD = self.loss(self.layer, x_bTD, target_bTD, self.positions, self.kv)
+        for place, (x_bTD, target_bTD) in enumerate(parts):
+            loss = self.loss(self.layer, x_bTD, target_bTD, self.positions, self.kv)
             loss = loss * (len(x_bTD) / (len(x_BTD) * self.share.members))
             total = total + loss.detach()
             if place < len(parts) - 1:
                 loss.backward()
-            self.relay.record(rows_b, output_bTD)
         self.batch_loss, self.batch_length = total, len(x_BTD)
         return loss
 
@@ -166,19 +156,15 @@ class BlockCalibration(LightningModule):
             self.learned = host_copy(self.layer)
         if not math.isfinite(self.trainer.callback_metrics["loss"].item()):
             self.trainer.should_stop = True
-        else:
-            self.relay.end_epoch(self.trainer.current_epoch)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the random generators: nothing here draws, but a user's callback may."""
-        checkpoint["relay"] = self.relay.state_dict()
         checkpoint["rng"] = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             checkpoint["rng"]["cuda"] = torch.cuda.get_rng_state(self.device)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore them."""
-        self.relay.load_state_dict(checkpoint["relay"])
         torch.set_rng_state(checkpoint["rng"]["cpu"])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(checkpoint["rng"]["cuda"], self.device)

@@ -51,15 +51,6 @@ class BlockWriter:
         self.wait()
         self.store.save_partial(index, attempt, step, write)
 
-    def save_front(self, name: str, replaced: str, write: Callable[[Path], None]) -> None:
-        """See `RunStore.save_front`; returns when it is done.
-
-        Raises:
-            OSError: If this, or what was saved before, can't be written.
-        """
-        self.wait()
-        self.store.save_front(name, replaced, write)
-
     def wait(self) -> None:
         """Wait until everything is saved.
 

@@ -150,7 +150,7 @@ class BlockWalk:
         self.ranks, self.share, self.independent = ranks, share, independent
         self.memory, self.streams = memory, streams
         self.relay = Relay()
-        self.partial: Partial | None = None
+        self.partials: Mapping[int, Partial] = {}
         self.reader, self.writer = BlockReader(model), BlockWriter(store)
         self.kv_quantizer = KVQuantizer.of(scheme).prepare(model.family.head_dim, model.device)
         self.inputs: LayerInputs
@@ -193,7 +193,6 @@ class BlockWalk:
             self.inputs.micro_batch = min(self.inputs.micro_batch, metrics["micro_batch"])
             self._replay(self.next_block)
             self.next_block += 1
-        self.partial = progress.partial
 
     def home(self, shape: torch.Size, dtype: torch.dtype) -> Home:
         """Where streams of that shape [N, T, D] live."""
@@ -266,7 +265,9 @@ class BlockWalk:
         if self.relay.stages > 1:
             clock.lap("wait")
         if self.independent:
-            self.inputs.advance_q(self.inputs.fp.clone())
+            self.inputs.advance_q(self.inputs.home.copy(self.inputs.fp))
+        elif self.solver.fp_epochs:
+            self.inputs.early = self.inputs.home.copy(self.inputs.fp)
         statistics, prompt = self._advance_fp(index, self.model.layer(index, tensors), positions)
         self.relay.send_fp(self.inputs, self.prompt_1PD)
         scale = self.inputs.mean_square_target()
@@ -289,7 +290,7 @@ class BlockWalk:
             seed=1_000_003 * self.seed + 1009 * index,
             make_trainer=lambda epochs: self.make_trainer(index, epochs),
             relay=self.relay,
-            partial=self.partial if self.partial is not None and self.partial.index == index else None,
+            partial=self.partials.get(index),
             frugal=self.memory == "low",
         )
         start = hold_dense(self.solver.start(block), self.model.dtype)
@@ -297,10 +298,11 @@ class BlockWalk:
             self.loss_initial = self.inputs.loss_q(block.run(start))
         clock.lap("start")
         layer = hold_dense(self.solver.solve(block) or start, self.model.dtype)
+        self.inputs.early = None
         clock.lap("solve")
         judged = not self.relay.arriving
         if self.relay.arriving:  # the start is judged on the inputs that the trained block is judged on
-            self.relay.receive_final()
+            self.relay.receive_final(self.inputs)
             if layer is start or not self._clearly_better(block.run(layer), block.run(start)):
                 self.loss_initial, judged = self.inputs.loss_q(block.run(start)), True
         outputs, loss = self.inputs.outputs_q(block.run(layer))

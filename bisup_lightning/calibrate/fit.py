@@ -19,12 +19,8 @@ from bisup_lightning.calibrate.driver import BlockWalk
 from bisup_lightning.calibrate.job import Job, check, compiles, fingerprint
 from bisup_lightning.calibrate.measure import check_vocabulary, evaluation_sets, open_checkpoint, score_models
 from bisup_lightning.calibrate.parallel import (
-    Front,
-    last_front,
     leave,
     parse_blocks,
-    partial_at,
-    rewind,
     take_place,
 )
 from bisup_lightning.calibrate.run_lock import RunLock
@@ -96,14 +92,12 @@ def lead(job: Job) -> dict[str, Any] | None:
         transformed = transform(job, plain, None if progress.metrics else probe_BT)
         lock.claim()
         goes_on = not progress.finished and not progress.scattered.issuperset(wanted)
-        if goes_on:
-            progress, front = where_it_stopped(job, store, progress, plain.num_layers)
         store.begin(job.config_yaml, tokens_NT)
         if progress.finished:  # what was lost beside the results is made again, or not needed
             return store.results()
         if goes_on:
             job.ranks.announce(BEGUN, "walk")
-            walk(job, transformed, scheme, store, prompt_ids, tokens_NT, progress, front)
+            walk(job, transformed, scheme, store, prompt_ids, tokens_NT, progress)
             job.ranks.wait_for(f"{WALKED}/{rank}" for rank in range(1, job.ranks.world))
             store.collect()
         job.ranks.announce(BEGUN, "ended")
@@ -126,7 +120,7 @@ def lead(job: Job) -> dict[str, Any] | None:
 def follow(job: Job) -> None:
     """As one of the other processes: take part in the walk that the first one begins."""
     ranks = job.ranks
-    job.signals.follow(lambda: ranks.wait_for([ENDED], 0.0 if job.parallel.mode == "wavefront" else PARTING))
+    job.signals.follow(lambda: ranks.wait_for([ENDED], PARTING))
     try:
         ranks.wait_for([BEGUN])
         if ranks.announced(BEGUN) != "walk":
@@ -139,23 +133,10 @@ def follow(job: Job) -> None:
     progress = store.join(job.independent)
     tokens_NT = progress.tokens_NT
     assert tokens_NT is not None
-    progress, front = where_it_stopped(job, store, progress, plain.num_layers)
     scheme = job.transform.scheme(job.precision)
-    walk(job, transform(job, plain, None), scheme, store, prompt_ids, tokens_NT, progress, front)
+    walk(job, transform(job, plain, None), scheme, store, prompt_ids, tokens_NT, progress)
     ranks.announce(f"{WALKED}/{ranks.rank}")
     leave()
-
-
-def where_it_stopped(job: Job, store: RunStore, progress: Progress, num_blocks: int) -> tuple[Progress, Front | None]:
-    """Progress as far as this run, as it is arranged now, can go on with it; a wavefront, from a front."""
-    stages, members = job.arrangement()
-    if job.independent:
-        return progress, None
-    if stages == 1:
-        store.rewind(len(progress.metrics), ())
-        return progress, None
-    front = last_front(progress, stages, members, job.solver.epochs, num_blocks)
-    return rewind(store, progress, front), front
 
 
 def transform(job: Job, plain: BlockwiseModel, probe_BT: torch.Tensor | None) -> BlockwiseModel:
@@ -188,7 +169,6 @@ def walk(
     prompt_ids: Sequence[int],
     tokens_NT: torch.Tensor,
     progress: Progress,
-    front: Front | None,
 ) -> None:
     """Calibrate the blocks that are left, or this process's part of them."""
     stages, members = job.arrangement()
@@ -211,6 +191,7 @@ def walk(
         memory=job.memory,
         streams=job.streams,
     )
+    block_walk.partials = progress.partials
     block_walk.prepare()
     # Resuming passes through finished blocks, which must give what they gave when they were finished.
     with torch.compiler.set_stance("default" if compiles(job, model) else "force_eager"):
@@ -222,9 +203,9 @@ def walk(
         if job.independent:
             wanted = parse_blocks(job.blocks, model.num_layers)
             block_walk.relay = Independent(wanted, progress.scattered, place, stream, prompt_1PD)
-        elif front is not None:
-            block_walk.partial = partial_at(store, front, place)
-            block_walk.relay = Wavefront(front, job.ranks, place, stream, prompt_1PD)
+        elif stages > 1:
+            left = range(len(progress.metrics), model.num_layers)
+            block_walk.relay = Wavefront(left, place, stream, prompt_1PD)
         block_walk.run()
 
 

@@ -117,6 +117,11 @@ def check(job: Job, plain: BlockwiseModel, scheme: Scheme) -> None:
         raise UserError(
             f"parallel.mode: {stages} stages are more than the model's {plain.num_layers} blocks; start fewer"
         )
+    if job.parallel.mode == "wavefront" and job.solver.fp_epochs != job.solver.epochs - 1:
+        raise UserError(
+            "solver.fp_epochs: in a wavefront all epochs but the last are on full-precision inputs; "
+            f"leave it out, or give {job.solver.epochs - 1}"
+        )
     if job.blocks is not None and not job.independent:
         raise UserError(
             "blocks: only blocks that do not depend on each other can be chosen; add --parallel.mode independent"

@@ -2,9 +2,8 @@
 
 import os
 import time
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -13,9 +12,6 @@ import torch.distributed as dist
 from lightning.fabric.plugins.environments import ClusterEnvironment, SLURMEnvironment, TorchElasticEnvironment
 
 from bisup_lightning.calibrate.link import Link
-from bisup_lightning.calibrate.run_reader import Partial, Progress
-from bisup_lightning.calibrate.run_store import RunStore
-from bisup_lightning.calibrate.schedule import Schedule
 from bisup_lightning.data.share import WHOLE, Share, waiting_for_peers
 from bisup_lightning.errors import UserError
 
@@ -190,72 +186,6 @@ def take_place(ranks: Ranks, stages: int, members: int, device: torch.device) ->
                     links["upstream"] = Link(sender, group, device, ranks, name)
                     links["upstream"].connect(sending=False)
     return Place(stages, members, stage, member, share, **links)
-
-
-@dataclass(frozen=True)
-class Front:
-    """A time at which all blocks that were learning saved themselves.
-
-    Args:
-        schedule: Of the run that did.
-        time: In its epochs.
-        partials: The checkpoints' names, by block and member.
-    """
-
-    schedule: Schedule
-    time: int
-    partials: dict[tuple[int, int], str]
-
-
-def front_name(schedule: Schedule, members: int, time_: int, block: int, member: int) -> str:
-    """File name of a block's checkpoint at a front, for one member of its stage."""
-    return f"{schedule.stages}x{members}-{schedule.first:05d}-{time_:06d}-{block:05d}-{member:05d}"
-
-
-def last_front(progress: Progress, stages: int, members: int, epochs: int, num_blocks: int) -> Front:
-    """Where a wavefront goes on: at the last front that all its blocks saved, else at its beginning.
-
-    A wavefront of other stages begins anew behind the blocks that are finished. One of the same does not, as blocks
-    that were finished behind the front learned from inputs that only those before them could give again.
-    """
-    others = [index for index, block in enumerate(progress.metrics) if block["stages"] != stages]
-    schedule = Schedule(max(others, default=-1) + 1, num_blocks, stages, epochs)
-    saved: dict[int, dict[tuple[int, int], str]] = defaultdict(dict)
-    for name in progress.fronts:
-        arrangement, *numbers = name.split("-")
-        first, moment, block, member = map(int, numbers)
-        if arrangement == f"{stages}x{members}" and first == schedule.first:
-            saved[moment][block, member] = name
-    for moment in sorted(saved, reverse=True):
-        wanted = {(block, member) for block in schedule.learning_at(moment) for member in range(members)}
-        if wanted == saved[moment].keys() and schedule.finished_at(moment) <= len(progress.metrics):
-            return Front(schedule, moment, saved[moment])
-    return Front(schedule, 0, {})
-
-
-def rewind(store: RunStore, progress: Progress, front: Front) -> Progress:
-    """Progress as far as a front reaches; the rest counts no longer.
-
-    Its streams are those before the wavefront's first block.
-    """
-    store.rewind(front.schedule.finished_at(front.time), front.partials.values())
-    first = front.schedule.first
-    streams = progress.streams if progress.streams_at <= first else None
-    return replace(
-        progress,
-        metrics=progress.metrics[:first],
-        streams=streams,
-        streams_at=progress.streams_at if streams is not None else 0,
-        partial=None,
-    )
-
-
-def partial_at(store: RunStore, front: Front, place: Place) -> Partial | None:
-    """The checkpoint of the block that a stage was learning at a front."""
-    for (block, member), name in front.partials.items():
-        if front.schedule.stage_of(block) == place.stage and member == place.member:
-            return Partial(block, 0, store.run_dir / "fronts" / f"{name}.ckpt")
-    return None
 
 
 def parse_blocks(text: str | None, num_blocks: int) -> range:

@@ -10,7 +10,7 @@ import logging
 import os
 import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -25,10 +25,10 @@ from bisup_lightning.files import sha256
 
 MANIFEST, CONFIG, RESULTS, TOKENS = "manifest.json", "config.yaml", "results.json", "tokens.safetensors"
 BLOCK, METRICS, THETA = "block.safetensors", "metrics.json", "theta.safetensors"
-FOLDERS = ("blocks", "streams", "partial", "fronts", "model")
+FOLDERS = ("blocks", "streams", "partial", "model")
 NAMES = re.compile(  # all that a manifest may speak of
     r"config\.yaml|results\.json|tokens\.safetensors|blocks/\d{5}/((block|theta)\.safetensors|metrics\.json)"
-    r"|streams/\d{5}\.safetensors|partial/\d{5}-\d+-\d+\.ckpt|fronts/[\dx-]+\.ckpt|model/(?!\.\.?$)[^/]+"
+    r"|streams/\d{5}\.safetensors|partial/\d{5}-\d+-\d+\.ckpt|model/(?!\.\.?$)[^/]+"
 )
 
 Resume = Literal["auto", "never", "must"]
@@ -60,24 +60,22 @@ class Progress:
         streams: Both streams and the prompt's hidden states behind the first `streams_at` blocks; None for the
             embedded text behind none.
         streams_at: See `streams`.
-        partial: Where the next block's training stopped, if it was saved.
+        partials: Where the training of unfinished blocks stopped, as far as it was saved.
         published: Whether `model/` is complete.
         finished: Whether the results are there, too.
         whole: Whether nothing that the run once wrote is lost.
         scattered: All finished blocks, if they do not depend on each other.
-        fronts: Names of the checkpoints that blocks wrote while they learned side by side.
     """
 
     metrics: list[dict[str, Any]]
     tokens_NT: Tensor | None
     streams: dict[str, Tensor] | None
     streams_at: int
-    partial: Partial | None
+    partials: Mapping[int, Partial]
     published: bool
     finished: bool
     whole: bool
     scattered: frozenset[int] = frozenset()
-    fronts: tuple[str, ...] = ()
 
 
 class RunReader:
@@ -112,7 +110,7 @@ class RunReader:
             if resume == "must":
                 raise UserError(f"resume: {self.run_dir} holds no run to go on with; drop --resume must to begin one")
             self.check_blank()
-            return Progress([], None, None, 0, None, published=False, finished=False, whole=True)
+            return Progress([], None, None, 0, {}, published=False, finished=False, whole=True)
         if resume == "never":
             raise UserError(f"resume: {self.run_dir} holds a run already; name a new run_dir, or drop --resume never")
         recorded, self.files = self._read_manifest()
@@ -232,7 +230,8 @@ class RunReader:
         # Of a lost block on, all is made anew, as what follows was calibrated behind it; a finished model stays.
         keep = {CONFIG, TOKENS, self._streams_name(streams_at)} | (model if published else set())
         keep |= {f"blocks/{index:05d}/{name}" for index in kept for name in (BLOCK, METRICS, THETA)}
-        keep |= {name for name in whole if name.startswith((f"partial/{blocks:05d}-", "fronts/"))}
+        partials = {name for name in whole if name.startswith("partial/") and _partial_of(name)[0] not in kept}
+        keep |= partials
         keep = whole if finished else whole & keep
         self.files = {name: digest for name, digest in self.files.items() if name in keep}
         return Progress(
@@ -240,12 +239,11 @@ class RunReader:
             tokens_NT=load_file(self.run_dir / TOKENS)["calibration"] if TOKENS in keep else None,
             streams=load_file(self.run_dir / self._streams_name(streams_at)) if streams_at else None,
             streams_at=streams_at,
-            partial=self._partial(blocks),
+            partials={index: partial for name in sorted(partials) for index, partial in self._partial(name)},
             published=published,
             finished=finished,
             whole=not lost,
             scattered=frozenset(kept),
-            fronts=tuple(sorted(PurePosixPath(name).stem for name in self.files if name.startswith("fronts/"))),
         )
 
     def _is_whole(self, name: str, digest: str) -> bool:
@@ -255,17 +253,15 @@ class RunReader:
     def _text(self, name: str) -> str:
         return (self.run_dir / name).read_text(encoding="utf-8")
 
-    def _partial(self, index: int) -> Partial | None:
-        """The checkpoint inside a block, if there is one, and if it is no pickle that would run code."""
-        for name in (name for name in self.files if name.startswith(f"partial/{index:05d}-")):
-            path = self.run_dir / name
-            try:
-                torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-            except Exception as error:  # whatever a foreign file makes the library stumble over
-                log.warning(f"run_dir: {path} is no checkpoint that can be read ({_first_line(error)}); not used")
-            else:
-                return Partial(index, int(PurePosixPath(name).stem.split("-")[1]), path)
-        return None
+    def _partial(self, name: str) -> Iterator[tuple[int, Partial]]:
+        """The block that a checkpoint belongs to, and the checkpoint; nothing if it is a pickle that would run code."""
+        path, (index, attempt) = self.run_dir / name, _partial_of(name)
+        try:
+            torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except Exception as error:  # whatever a foreign file makes the library stumble over
+            log.warning(f"run_dir: {path} is no checkpoint that can be read ({_first_line(error)}); not used")
+        else:
+            yield index, Partial(index, attempt, path)
 
     def results(self) -> dict[str, Any]:
         """The content of results.json."""
@@ -310,6 +306,12 @@ def block_of(name: str) -> int:
     """The block that a file belongs to; −1 for none."""
     path = PurePosixPath(name)
     return int(path.parent.name) if path.parts[0] == "blocks" else -1
+
+
+def _partial_of(name: str) -> tuple[int, int]:
+    """Block and attempt of a checkpoint."""
+    index, attempt, _ = map(int, PurePosixPath(name).stem.split("-"))
+    return index, attempt
 
 
 def _number(name: str) -> int:

@@ -1,7 +1,7 @@
 """Writes the run directory: a file is whole or absent, and the manifest, written last, says what counts."""
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from bisup_lightning.calibrate.run_reader import (
     THETA,
     TOKENS,
     RunReader,
-    block_of,
     digest_of,
 )
 from bisup_lightning.files import publish, replacing, sha256, sync, write_json, write_tensors, write_text
@@ -56,33 +55,8 @@ class RunStore(RunReader):
         for path in others:
             path.unlink()
 
-    def rewind(self, blocks: int, fronts: Iterable[str]) -> None:
-        """Let no more than the first so many blocks count, and those checkpoints of fronts."""
-        wanted = {f"fronts/{name}.ckpt" for name in fronts}
-        for name in [name for name in self.files if name.startswith(("blocks/", "fronts/"))]:
-            if name not in wanted and not 0 <= block_of(name) < blocks:
-                del self.files[name]
-
-    def save_front(self, name: str, replaced: str, write: Callable[[Path], None]) -> None:
-        """Record where this process stands while blocks learn side by side.
-
-        Args:
-            name: A file name without its ending.
-            replaced: Beginning of the names that it makes superfluous.
-            write: Writes the checkpoint at a path.
-
-        Raises:
-            OSError: If something can't be written; what was saved before still counts.
-        """
-        name = f"fronts/{name}.ckpt"
-        (self.run_dir / name).parent.mkdir(exist_ok=True)
-        with self._recording(f"fronts/{replaced}") as files:
-            with replacing(self.run_dir / name) as temporary:
-                write(temporary)
-            self._add(files, name)
-
     def save_partial(self, index: int, attempt: int, step: int, write: Callable[[Path], None]) -> None:
-        """Record a checkpoint inside a block; the one before it is dropped.
+        """Record a checkpoint inside a block; the one before it of this block is dropped.
 
         Args:
             index: The block.
@@ -95,7 +69,7 @@ class RunStore(RunReader):
         """
         name = f"partial/{index:05d}-{attempt}-{step:06d}.ckpt"
         (self.run_dir / name).parent.mkdir(exist_ok=True)
-        with self._recording("partial/") as files:
+        with self._recording(f"partial/{index:05d}-") as files:
             with replacing(self.run_dir / name) as temporary:
                 write(temporary)
             self._add(files, name)
@@ -126,7 +100,7 @@ class RunStore(RunReader):
         for leftover in (temporary, folder):  # of a try that the manifest did not live to see
             shutil.rmtree(leftover, ignore_errors=True)
         temporary.mkdir(parents=True)
-        with self._recording("partial/", *(["streams/"] if streams is not None else [])) as files:
+        with self._recording(f"partial/{index:05d}-", *(["streams/"] if streams is not None else [])) as files:
             write_tensors(temporary / BLOCK, tensors)
             write_json(temporary / METRICS, metrics)
             if theta is not None:
@@ -146,14 +120,14 @@ class RunStore(RunReader):
 
     def finish(self, results: Mapping[str, Any]) -> None:
         """Record the results; what only resuming needs is dropped."""
-        with self._recording("streams/", "partial/", "fronts/") as files:
+        with self._recording("streams/", "partial/") as files:
             write_json(self.run_dir / RESULTS, results)
             self._add(files, RESULTS)
         self.clear()
 
     def clear(self) -> None:
         """Drop what only resuming needs, of a finished run."""
-        for folder in ("streams", "partial", "fronts"):
+        for folder in ("streams", "partial"):
             shutil.rmtree(self.run_dir / folder, ignore_errors=True)
 
     @contextmanager

@@ -48,7 +48,7 @@ class Block:
         orders: Order of the channels of each linear input, by its name, where the transform has one.
         seed: Seed of all that is drawn for this block.
         make_trainer: Makes a fresh Trainer for a number of epochs.
-        relay: Where its inputs come from and its outputs go while it learns.
+        relay: Where its inputs come from.
         partial: Where an interrupted training of this block stopped, if it was saved.
         frugal: Whether training saves memory at the cost of a second forward pass.
     """
@@ -101,7 +101,8 @@ class Solver(ABC):
         self.activation_clip = activation_clip
 
     needs_statistics = False  # of at least as many tokens as the widest linear input has channels
-    epochs = 1  # in which a block's outputs change
+    epochs = 1  # passes over the text
+    fp_epochs = 0  # the first of them, which don't need what the quantized blocks before give
     theta_from: Path | None = None  # the run whose Θ it goes on from
 
     def start(self, block: Block) -> nn.Module:
@@ -128,6 +129,9 @@ class BiSup(Solver):
         theta: What is learned.
         optimization: How.
         epochs: Passes over the calibration data (paper: 5).
+        fp_epochs: The first of them, in which a block learns on full-precision inputs, as if no other were quantized;
+            in the others on what the quantized blocks before it give (paper: all). None: none of them, but in a
+            wavefront all save the last.
         activation_clip: Where the activations' learned clip values start (paper: 0.9).
         keep_theta: Keep each block's Θ in run_dir, for another run to go on from.
         theta_from: A finished run that kept its Θ: each block starts there instead of at rounding. After
@@ -140,6 +144,7 @@ class BiSup(Solver):
         theta: Theta = Theta(),  # noqa: B008  both are frozen
         optimization: Optimization = Optimization(),  # noqa: B008
         epochs: int = 5,
+        fp_epochs: int | None = None,
         activation_clip: float = 0.9,
         keep_theta: bool = False,
         theta_from: Path | None = None,
@@ -147,7 +152,9 @@ class BiSup(Solver):
         super().__init__(activation_clip)
         if epochs < 1:
             raise ValueError(f"solver.epochs must be at least 1, not {epochs}")
-        self.theta, self.optimization, self.epochs = theta, optimization, epochs
+        if not 0 <= (fp_epochs or 0) < epochs:
+            raise ValueError(f"solver.fp_epochs must be 0 or more and fewer than the {epochs} epochs, not {fp_epochs}")
+        self.theta, self.optimization, self.epochs, self.fp_epochs = theta, optimization, epochs, fp_epochs or 0
         self.keep_theta, self.theta_from = keep_theta, theta_from
 
     def start(self, block: Block) -> nn.Module:
@@ -175,11 +182,13 @@ class BiSup(Solver):
         while True:
             layer = self._learnable(block)
             micro_batch = min(block.batch_size, block.inputs.micro_batch)
-            batches = BlockDataModule(block.inputs, block.batch_size, block.seed, block.relay.begin_epoch)
+            batches = BlockDataModule(
+                block.inputs, block.batch_size, block.seed, self.fp_epochs, block.relay.receive_final
+            )
             steps = self.epochs * len(batches.batches)
             module = BlockCalibration(
                 layer, block.positions, block.kv, self.optimization, steps, attempt, micro_batch,
-                share=block.inputs.share, relay=block.relay, frugal=block.frugal,
+                share=block.inputs.share, frugal=block.frugal,
             )  # fmt: skip
             trainer = block.make_trainer(self.epochs)
             try:
@@ -195,8 +204,6 @@ class BiSup(Solver):
                     "by halves; give a smaller data.batch_size or data.seq_len"
                 ) from out_of_memory
             block.inputs.halve(out_of_memory)
-            if block.relay.arriving:  # whose inputs have gone on since
-                saved = None
 
     def _learnable(self, block: Block) -> nn.Module:
         """The block with its Θ where learning begins."""

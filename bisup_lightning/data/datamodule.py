@@ -1,4 +1,4 @@
-"""Batches (x_q, target, rows) of one block for Lightning."""
+"""Batches (inputs, target) of one block for Lightning."""
 
 from collections.abc import Callable, Iterator
 
@@ -21,34 +21,43 @@ class BlockBatches:
         inputs: The streams.
         batch_size: Sequences in a batch, of all processes together; the last one may be smaller.
         seed: Seed of the shuffling.
-        begin_epoch: Called with each epoch's number before its first batch is taken from the streams.
+        fp_epochs: First epochs, whose inputs are full-precision ones; the others' are x_q.
+        receive_final: Called before x_q is needed, to put it into the streams.
     """
 
     def __init__(
-        self, inputs: LayerInputs, batch_size: int, seed: int, begin_epoch: Callable[[int], None] | None = None
+        self,
+        inputs: LayerInputs,
+        batch_size: int,
+        seed: int,
+        fp_epochs: int = 0,
+        receive_final: Callable[[LayerInputs], None] | None = None,
     ) -> None:
-        self.inputs, self.batch_size, self.seed, self.begin_epoch = inputs, batch_size, seed, begin_epoch
+        self.inputs, self.batch_size, self.seed = inputs, batch_size, seed
+        self.fp_epochs, self.receive_final = fp_epochs, receive_final
         self.epoch, self.position = 0, 0  # of the next batch
 
     def __len__(self) -> int:
-        return -(-self.inputs.q.shape[0] * self.inputs.share.members // self.batch_size)
+        return -(-len(self.inputs.fp) * self.inputs.share.members // self.batch_size)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         if self.position == len(self):
             self.epoch, self.position = self.epoch + 1, 0
-        if self.begin_epoch is not None:
-            self.begin_epoch(self.epoch)
-        device, streams = self.inputs.device, (self.inputs.q, self.inputs.fp)
+        if self.epoch >= self.fp_epochs and self.receive_final is not None:
+            self.receive_final(self.inputs)
+        x_NTD = self.inputs.q if self.epoch >= self.fp_epochs else self.inputs.early
+        assert x_NTD is not None
+        device, target_NTD = self.inputs.device, self.inputs.fp
         left = self._rows()[self.position :]
-        batches = ((*(pick(stream, rows, device) for stream in streams), rows) for rows in left)
-        for x_BTD, target_BTD, rows in moved(batches, device):
+        batches = ((pick(x_NTD, rows_B, device), pick(target_NTD, rows_B, device)) for rows_B in left)
+        for x_BTD, target_BTD in moved(batches, device):
             self.position += 1
-            yield x_BTD, target_BTD, rows
+            yield x_BTD, target_BTD
 
     def _rows(self) -> list[Tensor]:
         """Which rows of the streams make up each batch of the epoch."""
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        share, count = self.inputs.share, self.inputs.q.shape[0] * self.inputs.share.members
+        share, count = self.inputs.share, len(self.inputs.fp) * self.inputs.share.members
         orders = [  # of all lanes, so that all processes draw alike
             torch.randperm(len(range(lane, count, self.batch_size)), generator=generator).tolist()
             for lane in range(self.batch_size)
@@ -59,7 +68,7 @@ class BlockBatches:
             [order[number] * len(own) + place for place, order in enumerate(own) if number < len(order)]
             for number in range(len(self))
         ]
-        rows = torch.tensor([row for batch in batches for row in batch], device=self.inputs.q.device)
+        rows = torch.tensor([row for batch in batches for row in batch], device=self.inputs.fp.device)
         return list(rows.split([len(batch) for batch in batches]))
 
     def state_dict(self) -> dict[str, int]:
@@ -78,15 +87,21 @@ class BlockDataModule(LightningDataModule):
         inputs: The streams, with x_fp already advanced to the target.
         batch_size: Sequences in a batch.
         seed: Seed of the shuffling.
-        begin_epoch: Called with each epoch's number before its first batch is taken from the streams.
+        fp_epochs: First epochs, whose inputs are full-precision ones; the others' are x_q.
+        receive_final: Called before x_q is needed, to put it into the streams.
     """
 
     def __init__(
-        self, inputs: LayerInputs, batch_size: int, seed: int, begin_epoch: Callable[[int], None] | None = None
+        self,
+        inputs: LayerInputs,
+        batch_size: int,
+        seed: int,
+        fp_epochs: int = 0,
+        receive_final: Callable[[LayerInputs], None] | None = None,
     ) -> None:
         super().__init__()
-        self.batches = BlockBatches(inputs, batch_size, seed, begin_epoch)
+        self.batches = BlockBatches(inputs, batch_size, seed, fp_epochs, receive_final)
 
     def train_dataloader(self) -> BlockBatches:
-        """Epochs of (x_q, target, rows): [B, T, D] twice, and [B], where in the streams they stand."""
+        """Epochs of (inputs, target), [B, T, D] each."""
         return self.batches

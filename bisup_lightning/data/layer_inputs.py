@@ -34,6 +34,7 @@ class LayerInputs:
         share: Which part of the text these N sequences are; figures are those of the whole text all the same.
 
     Attributes:
+        early: The block's full-precision inputs, where it learns on them first.
         micro_batch: Sequences that are really computed at a time: `batch_size`, or what is left of it after the device
             ran out of memory.
     """
@@ -48,6 +49,7 @@ class LayerInputs:
         share: Share = WHOLE,
     ) -> None:
         self.fp, self.q = x_fp, x_q
+        self.early: Tensor | None = None
         self.device, self.micro_batch = device, batch_size
         self.home, self.share = home or Home("device", x_fp.device, Path()), share
 

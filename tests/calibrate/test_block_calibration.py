@@ -67,7 +67,7 @@ class Problem:
         step, steps = 0, epochs * math.ceil(7 / BATCH)
         for _ in range(epochs):
             losses = []
-            for x_BTD, target_BTD, _ in loader:
+            for x_BTD, target_BTD in loader:
                 difference = run_layer(layer, x_BTD, self.positions, self.kv) - target_BTD
                 loss = (difference * difference).mean()
                 loss.backward()

@@ -20,15 +20,15 @@ def epochs(count, batch_size, seed, number):
 
 
 def order(epoch):
-    return [int(x_TD[0, 0]) for x_BTD, _, _ in epoch for x_TD in x_BTD]
+    return [int(x_TD[0, 0]) for x_BTD, _ in epoch for x_TD in x_BTD]
 
 
 @pytest.mark.parametrize(("count", "batch_size", "sizes"), [(10, 4, [4, 4, 2]), (8, 4, [4, 4]), (3, 8, [3])])
 def test_each_epoch_is_a_permutation_of_whole_pairs(count, batch_size, sizes):
     for epoch in epochs(count, batch_size, seed=0, number=3):
         assert sorted(order(epoch)) == list(range(1, count + 1))
-        assert [len(x_BTD) for x_BTD, _, _ in epoch] == sizes
-        for x_BTD, target_BTD, _ in epoch:
+        assert [len(x_BTD) for x_BTD, _ in epoch] == sizes
+        for x_BTD, target_BTD in epoch:
             assert torch.equal(target_BTD, -x_BTD)
 
 
@@ -58,8 +58,25 @@ def test_batches_are_copies():
     """What a step does with its batch does not reach the streams."""
     streams = inputs(6)
     before = streams.q.clone(), streams.fp.clone()
-    for x_BTD, target_BTD, _ in BlockDataModule(streams, 4, 0).train_dataloader():
+    for x_BTD, target_BTD in BlockDataModule(streams, 4, 0).train_dataloader():
         x_BTD.zero_()
         target_BTD.zero_()
     assert torch.equal(streams.q, before[0])
     assert torch.equal(streams.fp, before[1])
+
+
+@pytest.mark.parametrize("resumed_at", [0, 1, 2, 3])
+def test_first_epochs_are_on_full_precision_inputs_and_the_others_on_what_came_meanwhile(resumed_at):
+    streams, came = inputs(6), []
+
+    def receive_final(into):
+        came.append(len(came))
+        into.q = 100 + into.q * 0 + torch.arange(6.0)[:, None, None]
+
+    streams.early = 10 + streams.fp * 0 + torch.arange(6.0)[:, None, None]
+    loader = BlockDataModule(streams, 4, 0, 2, receive_final).train_dataloader()
+    loader.load_state_dict({"epoch": resumed_at, "position": 0})
+    for epoch in range(resumed_at, 4):
+        values = sorted(order(list(loader)))
+        assert values == [(10 if epoch < 2 else 100) + number for number in range(6)]
+        assert bool(came) == (epoch >= 2)

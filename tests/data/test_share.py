@@ -22,7 +22,7 @@ def order(x_N, batch_size, share, epochs=2):
     """Sequences of each batch of the epochs."""
     own = share.of(x_N, batch_size)
     loader = BlockDataModule(LayerInputs(own, own, CPU, batch_size, share=share), batch_size, 5).train_dataloader()
-    return [[int(x_TD[0, 0]) for x_TD in x_BTD] for _ in range(epochs) for x_BTD, _, _ in loader]
+    return [[int(x_TD[0, 0]) for x_TD in x_BTD] for _ in range(epochs) for x_BTD, _ in loader]
 
 
 @given(lanes=st.integers(1, 4), members=st.integers(1, 4), batches=st.integers(1, 5))

@@ -79,7 +79,7 @@ def test_a_training_step_of_every_block_is_one_graph(model, compiled, name, prom
         kv = BlockKV(KVQuantizer.of(scheme), prompt_of(model, index, prompt_length))
         found, expected = (
             torch.autograd.grad(loss, list(theta_parameters(layer).values()))
-            for loss, _ in (
+            for loss in (
                 step(layer, x_BTD, target_BTD, positions, kv),
                 block_loss(layer, x_BTD, target_BTD, positions, kv),
             )
