@@ -191,6 +191,10 @@ def poison():
     Poison.doses = 0
 
 
+def block_files(run):
+    return [path.read_bytes() for path in sorted(run.glob("blocks/*/block.safetensors"))]
+
+
 def assert_finite(folder):
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
@@ -210,6 +214,22 @@ def test_nan_is_tried_again_at_a_tenth_of_the_rate(checkpoint, watched_fit, pois
         assert torch.equal(start, Watch.learned[1][name]), name  # from the same start
     assert not block_metrics(run)[0]["kept_start"]
     assert_finite(run / "model")
+
+
+@pytest.mark.parametrize("doses", [0, 1])
+def test_first_epochs_on_full_precision_inputs_are_the_same_in_the_first_block_alone(
+    checkpoint, watched_fit, poison, doses
+):
+    """Where both inputs are the embedded text; a second attempt begins on them anew."""
+    plain, early = (
+        block_files(
+            watched_fit(
+                checkpoint, BISUP, "--solver.epochs=3", f"--solver.fp_epochs={count}", poison(doses), name=str(count)
+            )
+        )
+        for count in (0, 2)
+    )
+    assert [one == other for one, other in zip(plain, early, strict=True)] == [True, False, False]
 
 
 def test_nan_twice_keeps_the_start_and_the_walk_goes_on(checkpoint, watched_fit, poison, capsys):

@@ -213,7 +213,7 @@ def test_training_step_is_the_loss_of_equation_8(kind):
     module = BlockCalibration(
         problem.layer(torch.float32), positions, problem.kv(torch.float32), Optimization(), steps=1
     )
-    loss = module.training_step((problem.x_q, target.float(), torch.arange(len(target))), 0)
+    loss = module.training_step((problem.x_q, target.float()), 0)
     assert loss.dtype == torch.float32
     assert relative(loss, wanted) < 1e-6
 
@@ -490,7 +490,7 @@ def calibration(theta, scheme, dtype=torch.float32):
     add_theta(layer, theta, torch.Generator().manual_seed(0), statistics.absmax)
     kv = BlockKV(KVQuantizer.of(scheme), prompt)
     module = BlockCalibration(layer, positions, kv, Optimization(schedule="constant"), steps=25)
-    return module, (x, target, torch.arange(len(x))), module.configure_optimizers()["optimizer"]
+    return module, (x, target), module.configure_optimizers()["optimizer"]
 
 
 def learn(module, batch, optimizer, steps):
