@@ -1,5 +1,6 @@
 """One live line for the whole walk."""
 
+import math
 import time
 
 import torch
@@ -43,7 +44,8 @@ class WalkProgress(WalkCallback):
         self.trained = True
         loss = trainer.callback_metrics["loss"].item()
         epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
-        change = f"loss {loss:.3e}, at the start {self.walk.loss_initial:.3e}"
+        start = self.walk.loss_initial  # in a wavefront not known yet
+        change = f"loss {loss:.3e}" + (f", at the start {start:.3e}" if math.isfinite(start) else "")
         self._show(f"block {self.index + 1}/{self.num_blocks} · {epoch} · {change}")
 
     def on_block_end(self, walk: BlockWalk, result: BlockResult) -> None:

@@ -294,8 +294,7 @@ class BlockWalk:
             frugal=self.memory == "low",
         )
         start = hold_dense(self.solver.start(block), self.model.dtype)
-        if not self.relay.arriving:
-            self.loss_initial = self.inputs.loss_q(block.run(start))
+        self.loss_initial = math.nan if self.relay.arriving else self.inputs.loss_q(block.run(start))
         clock.lap("start")
         layer = hold_dense(self.solver.solve(block) or start, self.model.dtype)
         self.inputs.early = None
