@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bisup_lightning.calibrate.block_calibration import BlockCalibration, Optimization, host_copy
 from bisup_lightning.calibrate.run_reader import Partial, RunReader
 from bisup_lightning.calibrate.wavefront import Relay
-from bisup_lightning.data.datamodule import BlockDataModule
+from bisup_lightning.data.datamodule import BlockBatches, BlockDataModule
 from bisup_lightning.data.layer_inputs import LayerInputs, Run
 from bisup_lightning.errors import UserError
 from bisup_lightning.model.block import Theta, add_theta, fuse_layer, is_fused, quantize_layer, theta_parameters
@@ -182,17 +182,17 @@ class BiSup(Solver):
         while True:
             layer = self._learnable(block)
             micro_batch = min(block.batch_size, block.inputs.micro_batch)
-            batches = BlockDataModule(
+            batches = BlockBatches(
                 block.inputs, block.batch_size, block.seed, self.fp_epochs, block.relay.receive_final
             )
-            steps = self.epochs * len(batches.batches)
+            steps = self.epochs * len(batches)
             module = BlockCalibration(
                 layer, block.positions, block.kv, self.optimization, steps, attempt, micro_batch,
                 share=block.inputs.share, frugal=block.frugal,
             )  # fmt: skip
             trainer = block.make_trainer(self.epochs)
             try:
-                trainer.fit(module, batches, ckpt_path=saved, weights_only=True)
+                trainer.fit(module, BlockDataModule(batches), ckpt_path=saved, weights_only=True)
             except torch.OutOfMemoryError as error:
                 out_of_memory = error.with_traceback(None)  # which would keep the failed step's tensors alive
             else:

@@ -84,23 +84,12 @@ class BlockDataModule(LightningDataModule):
     """Streams the cached inputs of one block.
 
     Args:
-        inputs: The streams, with x_fp already advanced to the target.
-        batch_size: Sequences in a batch.
-        seed: Seed of the shuffling.
-        fp_epochs: First epochs, whose inputs are full-precision ones; the others' are x_q.
-        receive_final: Called before x_q is needed, to put it into the streams.
+        batches: What it gives to the Trainer.
     """
 
-    def __init__(
-        self,
-        inputs: LayerInputs,
-        batch_size: int,
-        seed: int,
-        fp_epochs: int = 0,
-        receive_final: Callable[[LayerInputs], None] | None = None,
-    ) -> None:
+    def __init__(self, batches: BlockBatches) -> None:
         super().__init__()
-        self.batches = BlockBatches(inputs, batch_size, seed, fp_epochs, receive_final)
+        self.batches = batches
 
     def train_dataloader(self) -> BlockBatches:
         """Epochs of (inputs, target), [B, T, D] each."""

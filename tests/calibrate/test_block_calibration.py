@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Trainer
 
 from bisup_lightning.calibrate.block_calibration import BlockCalibration, Optimization
-from bisup_lightning.data.datamodule import BlockDataModule
+from bisup_lightning.data.datamodule import BlockBatches, BlockDataModule
 from bisup_lightning.data.layer_inputs import LayerInputs
 from bisup_lightning.data.share import WHOLE
 from bisup_lightning.model.block import Theta, add_theta, quantize_layer, theta_parameters
@@ -40,7 +40,7 @@ class Problem:
         add_theta(self.layer, theta or Theta(smoothing_start="ones", rank=4), generator)
 
     def data(self):
-        return BlockDataModule(self.inputs, BATCH, SEED)
+        return BlockDataModule(BlockBatches(self.inputs, BATCH, SEED))
 
     def train(self, optimization, attempt=0, epochs=EPOCHS, micro_batch=None, share=WHOLE, frugal=False):
         """Θ after Lightning has trained a copy of the block."""

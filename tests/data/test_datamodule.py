@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bisup_lightning.data.datamodule import BlockDataModule
+from bisup_lightning.data.datamodule import BlockBatches
 from bisup_lightning.data.layer_inputs import LayerInputs
 
 
@@ -15,7 +15,7 @@ def inputs(count):
 
 
 def epochs(count, batch_size, seed, number):
-    loader = BlockDataModule(inputs(count), batch_size, seed).train_dataloader()
+    loader = BlockBatches(inputs(count), batch_size, seed)
     return [list(loader) for _ in range(number)]
 
 
@@ -35,7 +35,7 @@ def test_each_epoch_is_a_permutation_of_whole_pairs(count, batch_size, sizes):
 def test_lightning_is_told_the_number_of_batches():
     """The cosine schedule ends where the steps do."""
     for count, batch_size in ((10, 4), (8, 4), (3, 8)):
-        loader = BlockDataModule(inputs(count), batch_size, 0).train_dataloader()
+        loader = BlockBatches(inputs(count), batch_size, 0)
         assert len(loader) == len(list(loader))
 
 
@@ -58,7 +58,7 @@ def test_batches_are_copies():
     """What a step does with its batch does not reach the streams."""
     streams = inputs(6)
     before = streams.q.clone(), streams.fp.clone()
-    for x_BTD, target_BTD in BlockDataModule(streams, 4, 0).train_dataloader():
+    for x_BTD, target_BTD in BlockBatches(streams, 4, 0):
         x_BTD.zero_()
         target_BTD.zero_()
     assert torch.equal(streams.q, before[0])
@@ -74,7 +74,7 @@ def test_first_epochs_are_on_full_precision_inputs_and_the_others_on_what_came_m
         into.q = 100 + into.q * 0 + torch.arange(6.0)[:, None, None]
 
     streams.early = 10 + streams.fp * 0 + torch.arange(6.0)[:, None, None]
-    loader = BlockDataModule(streams, 4, 0, 2, receive_final).train_dataloader()
+    loader = BlockBatches(streams, 4, 0, 2, receive_final)
     loader.load_state_dict({"epoch": resumed_at, "position": 0})
     for epoch in range(resumed_at, 4):
         values = sorted(order(list(loader)))

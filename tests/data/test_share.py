@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bisup_lightning.data.datamodule import BlockDataModule
+from bisup_lightning.data.datamodule import BlockBatches
 from bisup_lightning.data.layer_inputs import LayerInputs
 from bisup_lightning.data.share import Share
 from tests.ranks import together
@@ -21,7 +21,7 @@ def streams(count):
 def order(x_N, batch_size, share, epochs=2):
     """Sequences of each batch of the epochs."""
     own = share.of(x_N, batch_size)
-    loader = BlockDataModule(LayerInputs(own, own, CPU, batch_size, share=share), batch_size, 5).train_dataloader()
+    loader = BlockBatches(LayerInputs(own, own, CPU, batch_size, share=share), batch_size, 5)
     return [[int(x_TD[0, 0]) for x_TD in x_BTD] for _ in range(epochs) for x_BTD, _ in loader]
 
 
