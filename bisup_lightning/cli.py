@@ -146,8 +146,12 @@ def processes(config: Namespace) -> int:
 def settle_inputs(config: Namespace) -> None:
     """Say in the configuration, and so in the run's fingerprint, how many epochs are on full-precision inputs."""
     solver, mode = config.solver.get("init_args", {}), config.parallel.mode
+    if mode == "independent" and solver.get("fp_epochs"):
+        raise UserError(
+            "solver.fp_epochs: independent blocks learn on full-precision inputs in all epochs; leave it out"
+        )
     if mode == "independent" and "fp_epochs" in solver:
-        solver.fp_epochs = 0  # all are, without a say of the solver's
+        solver.fp_epochs = 0  # without a say of the solver's
     elif solver.get("fp_epochs", 0) is None:
         solver.fp_epochs = solver.epochs - 1 if mode == "wavefront" else 0
 

@@ -150,10 +150,9 @@ class BlockCalibration(LightningModule):
     def on_train_epoch_end(self) -> None:
         """Go no further once the loss is not finite. Read once an epoch, as reading makes the device wait.
 
-        What the last epoch learned is kept on the host, before it is fused.
+        What was learned is kept on the host, before it is fused, as an epoch may be the last for a callback's reasons.
         """
-        if self.trainer.current_epoch + 1 == self.trainer.max_epochs:
-            self.learned = host_copy(self.layer)
+        self.learned = host_copy(self.layer)
         if not math.isfinite(self.trainer.callback_metrics["loss"].item()):
             self.trainer.should_stop = True
 

@@ -305,6 +305,8 @@ class BlockWalk:
             if layer is start or not self._clearly_better(block.run(layer), block.run(start)):
                 self.loss_initial, judged = self.inputs.loss_q(block.run(start)), True
         outputs, loss = self.inputs.outputs_q(block.run(layer))
+        if not judged and not math.isfinite(loss):
+            self.loss_initial, judged = self.inputs.loss_q(block.run(start)), True
         if judged and not loss < self.loss_initial and layer is not start:  # not less is NaN, too
             layer = start
             del outputs  # or there would be a fourth copy

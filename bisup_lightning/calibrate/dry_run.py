@@ -12,7 +12,7 @@ from torch import Tensor
 from bisup_lightning.calibrate.budget import GIB, Budget, check_room, compute_dtype, free_disk_bytes
 from bisup_lightning.calibrate.driver import BlockWalk
 from bisup_lightning.calibrate.fit import transform
-from bisup_lightning.calibrate.job import Job, check, compiles
+from bisup_lightning.calibrate.job import Job, check, compiles, fingerprint
 from bisup_lightning.calibrate.measure import open_checkpoint
 from bisup_lightning.calibrate.run_store import RunStore
 from bisup_lightning.data.streams import free_host_bytes
@@ -70,6 +70,8 @@ def dry_run(job: Job) -> Forecast:
     prompt_ids = job.prompt.ids(tokenizer, plain.family.config)
     scheme = job.transform.scheme(job.precision)
     check(job, plain, scheme)
+    if job.solver.theta_from is not None:
+        fingerprint(job, plain)  # refuses what it can't go on from
     budget = Budget.of(job, plain, scheme)
     check_room(budget, job.device, job.run_dir)
     model = transform(job, plain, None)

@@ -188,12 +188,13 @@ def theta_to_start_from(run: Path, entries: Mapping[str, Any]) -> dict[str, Any]
     earlier = RunReader(run)
     try:
         earlier.open_finished()
-        earlier.check_whole(THETA)
+        earlier.check_whole(THETA, "learn it anew in another run_dir")
     except UserError as error:
         raise UserError(f"solver.theta_from: {error}") from error
     if not earlier.fingerprint.get("solver.init_args.keep_theta"):
         raise UserError(f"solver.theta_from: {run} kept no Θ; run its fit with --solver.keep_theta true")
-    shared = {key for key in {**earlier.fingerprint, **entries} if key.startswith(MEANING_OF_THETA)}
+    meaning = (*MEANING_OF_THETA, f"text/{entries['data.calibration']}")
+    shared = {key for key in {**earlier.fingerprint, **entries} if key.startswith(meaning)}
     if changed := sorted(key for key in shared if earlier.fingerprint.get(key) != entries.get(key)):
         raise UserError(f"solver.theta_from: {run} differs in {', '.join(changed)}; its Θ means something else there")
     return {f"theta_from/{name}": digest for name, digest in earlier.files.items() if name.endswith(THETA)}

@@ -63,6 +63,7 @@ class Link:
         self._waiting: queue.SimpleQueue[_Parcel | None] = queue.SimpleQueue()
         self._last: Future[None] | None = None
         self._expected: Iterator[Tensor] = iter(())
+        self._coming: Tensor | None = None
         self._courier: threading.Thread | None = None
         self._stopped = threading.Event()
 
@@ -135,12 +136,14 @@ class Link:
                     torch.cuda.current_stream().synchronize()
 
     def expect(self, messages: Iterator[Tensor]) -> None:
-        """Name all messages to come by empty tensors of their shape."""
+        """Name all messages to come by meta tensors of their shape."""
         self._expected = messages
 
     def receive(self) -> Tensor:
-        """The next message."""
-        x = next(self._expected)
+        """The next message; it is still to come if there is no memory for it."""
+        if self._coming is None:
+            self._coming = next(self._expected)
+        x = torch.empty_like(self._coming, device=self.device)
         self._board.announce(self._key("asked", self._asked))
         if self.device.type == "cuda":
             while not self._board.heard(self._key("ready", self._asked)):
@@ -149,6 +152,7 @@ class Link:
         with waiting_for_peers():
             for part in _parts(x):
                 dist.recv(part, self.peer, group=self.group)
+        self._coming = None
         return x
 
     def _key(self, what: str, number: int) -> str:

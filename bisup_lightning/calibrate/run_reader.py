@@ -144,7 +144,7 @@ class RunReader:
             raise UserError(f"{self.run_dir} holds no finished run (no {RESULTS}); run fit with this run_dir first")
         self.fingerprint, self.files = self._read_manifest()
 
-    def check_whole(self, part: str = "") -> None:
+    def check_whole(self, part: str = "", remedy: str = "run fit again, which mends it") -> None:
         """See that nothing is lost of a run, or of its files whose names end in `part`.
 
         Raises:
@@ -152,7 +152,7 @@ class RunReader:
         """
         for name, digest in self.files.items():
             if name.endswith(part) and not self._is_whole(name, digest):
-                raise UserError(f"{self.run_dir / name} is missing or damaged; run fit again, which mends it")
+                raise UserError(f"{self.run_dir / name} is missing or damaged; {remedy}")
 
     def check_blank(self) -> None:
         """Refuse a directory that holds anything but the beginnings of a first write.
@@ -218,7 +218,10 @@ class RunReader:
         finished = published and RESULTS in whole
         blocks = 0
         parts = {index: {f"blocks/{index:05d}/{name}" for name in (BLOCK, METRICS)} for index in map(block_of, whole)}
-        scattered = {index for index, names in parts.items() if names <= whole}
+        thetas = {name for name in self.files if name.endswith(THETA)}  # a block that had one is lost with it
+        scattered = {
+            index for index, names in parts.items() if names | thetas & {f"blocks/{index:05d}/{THETA}"} <= whole
+        }
         while blocks in scattered:
             blocks += 1
         metrics = [self.read_metrics(index) for index in range(blocks)]
@@ -232,7 +235,7 @@ class RunReader:
         keep |= {f"blocks/{index:05d}/{name}" for index in kept for name in (BLOCK, METRICS, THETA)}
         partials = {name for name in whole if name.startswith("partial/") and _partial_of(name)[0] not in kept}
         keep |= partials
-        keep = whole if finished else whole & keep
+        keep = whole | thetas if finished else whole & keep  # who wants to go on from a lost Θ shall hear of it
         self.files = {name: digest for name, digest in self.files.items() if name in keep}
         return Progress(
             metrics=metrics,

@@ -204,6 +204,8 @@ class BiSup(Solver):
                     "by halves; give a smaller data.batch_size or data.seq_len"
                 ) from out_of_memory
             block.inputs.halve(out_of_memory)
+            if saved is not None and not saved.exists():  # a newer one has taken its place
+                saved = None
 
     def _learnable(self, block: Block) -> nn.Module:
         """The block with its Θ where learning begins."""

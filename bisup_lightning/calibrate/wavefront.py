@@ -63,13 +63,8 @@ class Chain(Relay):
         self._stream, self._prompt = (torch.empty_like(x, device="meta") for x in (stream, prompt_1PD))
         self.block = -1
         if place.upstream is not None:
-            place.upstream.expect(self._messages(place.upstream.device))
-
-    def _messages(self, device: torch.device) -> Iterator[Tensor]:
-        for block in self.blocks(self.run.start, self.run.stop):
-            if block > self.run.start:
-                for message in self._messages_to(block):
-                    yield torch.empty_like(message, device=device)
+            own = self.blocks(self.run.start, self.run.stop)
+            place.upstream.expect(x for block in own if block > self.run.start for x in self._messages_to(block))
 
     def _messages_to(self, block: int) -> Iterator[Tensor]:
         """What reaches a block, in order."""
@@ -132,7 +127,7 @@ class Independent(Chain):
 class Wavefront(Chain):
     """Several stages calibrate blocks that follow each other at the same time.
 
-    A block learns on full-precision inputs until its predecessor is fused, and its last epoch on what that gives.
+    A block learns on full-precision inputs in all epochs but the last, and in that on what its fused predecessor gives.
 
     Args:
         run: The blocks that are not finished.

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from typing import ClassVar
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from bisup_lightning.calibrate import block_calibration, driver, solvers
 from bisup_lightning.calibrate.block_calibration import Optimization
+from bisup_lightning.calibrate.events import WalkCallback
 from bisup_lightning.cli import main
 from bisup_lightning.model import blockwise
 from bisup_lightning.model.checkpoint import INDEX
@@ -106,6 +108,32 @@ def test_a_resumed_run_knows_what_fits(small_device, cut_off_and_resumed, checkp
     assert main(fit_arguments(checkpoint, tmp_path / "whole", *settings)) == 0
     cut_off_and_resumed(command)
     assert contents(tmp_path / "cut" / "model") == contents(tmp_path / "whole" / "model")
+
+
+class Full(WalkCallback):
+    """The device is full once, when training comes to a step."""
+
+    step: ClassVar[int | None] = None
+
+    def on_train_batch_start(self, trainer, *event):
+        if trainer.global_step == Full.step:
+            Full.step = None
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def test_a_resumed_run_that_no_longer_fits_goes_on_by_halves(checkpoint, fit_arguments, tmp_path, monkeypatch):
+    """Though the checkpoint that it resumed from has been replaced by a newer one since."""
+    command = fit_arguments(
+        checkpoint, tmp_path / "run", BISUP, "--solver.epochs=4", EAGER, with_callback(Interrupt), with_callback(Full)
+    )
+    monkeypatch.setattr(Interrupt, "at", ("on_train_epoch_end", 0))
+    with pytest.raises(Interrupted):
+        main(command)
+    monkeypatch.setattr(Interrupt, "at", None)
+    monkeypatch.setattr(Full, "step", 6)
+    assert main(command) == 0
+    assert Full.step is None
+    assert [block["micro_batch"] for block in results_of(tmp_path / "run")] == [2, 2]
 
 
 def test_one_sequence_that_does_not_fit_is_one_line(small_device, checkpoint, fit_arguments, tmp_path, capsys):

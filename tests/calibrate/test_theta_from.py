@@ -100,6 +100,37 @@ def line(command, tmp_path, capsys):
     return check
 
 
+def test_a_damaged_theta_is_learned_anew_with_its_block(command, plain, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(plain, run)
+    for name in ("results.json", "model"):  # as if it had not ended
+        path = run / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    theta = run / "blocks" / "00001" / "theta.safetensors"
+    theta.write_bytes(theta.read_bytes()[:-1])
+    finished(command, run, "--solver.epochs=3", "--solver.keep_theta=true")
+    for name in ("theta", "block"):
+        for index in range(3):
+            path = f"blocks/{index:05d}/{name}.safetensors"
+            assert (run / path).read_bytes() == (plain / path).read_bytes()
+
+
+def test_one_learned_on_another_text_is_refused(command, plain, text_file, tmp_path, capsys):
+    """Even under the same name: orders of channels come from the text."""
+    kept = text_file.read_bytes()
+    try:
+        text_file.write_bytes(kept[100:])
+        assert main(command(tmp_path / "never", f"--solver.theta_from={plain}")) == 2
+    finally:
+        text_file.write_bytes(kept)
+    assert f"differs in text/{text_file}" in capsys.readouterr().err
+
+
+def test_a_forecast_refuses_it_too(command, plain, tmp_path, capsys):
+    assert main(command(tmp_path / "never", f"--solver.theta_from={plain}", "--solver.theta.rank=4", "--dry_run")) == 2
+    assert "solver.init_args.theta.rank" in capsys.readouterr().err
+
+
 def test_what_can_not_be_gone_on_from_is_refused(command, plain, line, tmp_path):
     def start(run):
         return f"--solver.theta_from={run}"
@@ -113,6 +144,8 @@ def test_what_can_not_be_gone_on_from_is_refused(command, plain, line, tmp_path)
     damaged = shutil.copytree(plain, tmp_path / "damaged")
     theta = damaged / "blocks" / "00001" / "theta.safetensors"
     theta.write_bytes(theta.read_bytes()[:-1])
+    assert f"{theta} is missing or damaged" in line(start(damaged))
+    assert main(command(damaged, "--solver.epochs=3", "--solver.keep_theta=true")) == 0  # it is finished all the same
     assert f"{theta} is missing or damaged" in line(start(damaged))
     for message in (line(start(damaged)), line(start(forgetful))):
         assert message.startswith("error: solver.theta_from: ")

@@ -7,7 +7,9 @@ import signal
 
 import pytest
 
-from bisup_lightning.cli import main
+from bisup_lightning.calibrate.measure import evaluate_run
+from bisup_lightning.calibrate.signals import Signals
+from bisup_lightning.cli import finished_job, main
 from tests.inputs import fit_command
 from tests.processes import ranks, wait_for_all
 from tests.tools import BISUP, EAGER, GPTQ, contents, timeless
@@ -75,14 +77,13 @@ def test_so_are_two_to_the_byte(wavefront, plain):
         assert block["kept_start"] or block["loss_final"] < block["loss_initial"]
 
 
-def test_what_was_measured_is_what_the_model_gives(wavefront, checkpoint):
+def test_what_was_measured_is_what_the_model_gives(wavefront):
     """The published model is the one that the stages fused: measured again by one process, to the digit."""
     run, _ = wavefront
     results = json.loads((run / "results.json").read_text(encoding="utf-8"))
-    assert main(["test", f"--run_dir={run}", "--accelerator=cpu"]) == 0
+    assert evaluate_run(finished_job(run, "cpu", Signals()))["perplexity"] == results["perplexity"]
     assert sorted(path.name for path in run.glob("manifest*")) == ["manifest.json"]
     assert not (run / "partial").exists()
-    assert results["perplexity"]
 
 
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
@@ -140,6 +141,8 @@ def test_a_walk_on_other_inputs_is_another_run(command, tmp_path, capsys):
     assert f"solver.init_args.fp_epochs: {EPOCHS - 1} → 0" in capsys.readouterr().err
     assert main(command(tmp_path / "never", WAVEFRONT, "--solver.fp_epochs=1")) == 2
     assert "solver.fp_epochs: in a wavefront" in capsys.readouterr().err
+    assert main(command(tmp_path / "never", "--parallel.mode=independent", "--solver.fp_epochs=1")) == 2
+    assert "solver.fp_epochs: independent blocks" in capsys.readouterr().err
     assert not (tmp_path / "never").exists()
 
 
