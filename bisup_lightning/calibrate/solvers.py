@@ -134,9 +134,8 @@ class BiSup(Solver):
             wavefront all save the last.
         activation_clip: Where the activations' learned clip values start (paper: 0.9).
         keep_theta: Keep each block's Θ in run_dir, for another run to go on from.
-        theta_from: A finished run that kept its Θ: each block starts there instead of at rounding. After
-            `--parallel.mode independent`, an epoch more of the walk wins back what blocks lose that never saw each
-            other's errors.
+        theta_from: A finished run that kept its Θ: each block starts there instead of at rounding. So blocks that
+            learned independently can see each other's errors in an epoch more.
     """
 
     def __init__(

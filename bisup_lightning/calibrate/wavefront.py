@@ -64,10 +64,10 @@ class Chain(Relay):
         self.block = -1
         if place.upstream is not None:
             own = self.blocks(self.run.start, self.run.stop)
-            place.upstream.expect(x for block in own if block > self.run.start for x in self._messages_to(block))
+            place.upstream.expect(x for block in own if block > self.run.start for x in self._messages())
 
-    def _messages_to(self, block: int) -> Iterator[Tensor]:
-        """What reaches a block, in order."""
+    def _messages(self) -> Iterator[Tensor]:
+        """What reaches a block from its predecessor, in order."""
         yield self._stream
         if self._prompt.numel():
             yield self._prompt
@@ -142,8 +142,8 @@ class Wavefront(Chain):
         super().__init__(run, place, stream, prompt_1PD)
         self._waiting = False  # whether the predecessor's outputs are still to come
 
-    def _messages_to(self, block: int) -> Iterator[Tensor]:
-        yield from super()._messages_to(block)
+    def _messages(self) -> Iterator[Tensor]:
+        yield from super()._messages()
         yield self._stream
 
     def receive_fp(self, block: int, inputs: LayerInputs, prompt_1PD: Tensor) -> Tensor:

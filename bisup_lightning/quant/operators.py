@@ -68,7 +68,8 @@ def _room_for_codes(x: Tensor, shape: Sequence[int], size: int, coded: bool) -> 
 
 
 def _as_float8(codes: Tensor) -> Tensor:
-    return codes.view(torch.float8_e4m3fn)
+    """None stay bytes: where a GPU lacks float8, kernels may not even name it."""
+    return codes.view(torch.float8_e4m3fn) if codes.numel() else codes
 
 
 def _row_blocks(size: int) -> dict[str, int]:
