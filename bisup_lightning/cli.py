@@ -52,7 +52,7 @@ from bisup_lightning.report.tables import comparison_table, perplexity_table, te
 PEER_LOST_PAUSE = 5.0  # seconds in which the launcher finds out which process ended first
 HARMLESS = (
     "config", "run_dir", "checkpoint", "resume", "dry_run", "streams", "parallel", "blocks", "trainer.logger",
-    "trainer.callbacks", "trainer.profiler", "trainer.devices", "solver.init_args.theta_from",
+    "trainer.callbacks", "trainer.profiler", "trainer.devices", "solver.init_args.theta_from", "evaluation.devices",
 )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """What a model is worth: perplexity and zero-shot scores of checkpoints and finished runs."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from bisup_lightning.data import corpus
 from bisup_lightning.data.prompt import Prompt
 from bisup_lightning.errors import UserError
 from bisup_lightning.evaluate.perplexity import Evaluation, evaluate
-from bisup_lightning.evaluate.zero_shot import check_tasks, fetch_tasks, zero_shot
+from bisup_lightning.evaluate.zero_shot import check_tasks, devices_for, fetch_tasks, zero_shot
 from bisup_lightning.hub.load import load_behind_prompt, load_quantized, open_quantized
 from bisup_lightning.model.blockwise import BlockwiseModel
 from bisup_lightning.model.checkpoint import resolve
@@ -87,6 +88,7 @@ def read_results(run_dir: Path) -> dict[str, Any]:
 def evaluate_run(job: Job) -> dict[str, Any]:
     """Measure a finished run's model again, as `fit` did: `perplexity` and `zero_shot` of results.json."""
     check_tasks(job.evaluation.zero_shot)
+    devices_for(job.evaluation.devices, job.device)
     fetch_tasks(job.evaluation.zero_shot)
     fp, tokenizer = open_checkpoint(job.checkpoint, job.device)
     sets = evaluation_sets(job.evaluation, job.data.seq_len, job.seed, fp, tokenizer)
@@ -111,6 +113,7 @@ def evaluate_checkpoint(
     if not evaluation.perplexity and not evaluation.zero_shot:
         raise UserError("evaluation.perplexity: name at least one set, such as '[wikitext2]', or evaluation.zero_shot")
     check_tasks(evaluation.zero_shot)
+    devices_for(evaluation.devices, device)
     fetch_tasks(evaluation.zero_shot)
     sets = evaluation_sets(evaluation, 2048, seed, fp, tokenizer)
     ids = prompt.ids(tokenizer, fp.family.config)
@@ -142,16 +145,17 @@ def score_models(
     """
     if not evaluation.zero_shot:
         return {}
-    load: dict[str, Callable[[], PreTrainedModel]] = {
-        "fp": lambda: load_behind_prompt(folder, (), dtype, device),
-        "fp_prompt": lambda: load_behind_prompt(folder, prompt, dtype, device),
+    load: dict[str, Callable[[torch.device], PreTrainedModel]] = {
+        "fp": partial(load_behind_prompt, folder, (), dtype),
+        "fp_prompt": partial(load_behind_prompt, folder, tuple(prompt), dtype),
     }
     if quantized is not None:
-        load["quantized"] = lambda: load_quantized(quantized, device)
+        load["quantized"] = partial(load_quantized, quantized)
+    devices = devices_for(evaluation.devices, device)
     scores: dict[str, dict[str, Any]] = {}
     for key, load_model in load.items():
         found = zero_shot(
-            load_model(), tokenizer, evaluation.zero_shot, evaluation.zero_shot_limit, evaluation.batch_size
+            load_model, tokenizer, evaluation.zero_shot, evaluation.zero_shot_limit, evaluation.batch_size, devices
         )
         for task, score in found.items():
             row = scores.setdefault(task, {"metric": score.metric, "documents": score.documents})

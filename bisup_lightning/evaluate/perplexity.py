@@ -28,6 +28,7 @@ class Evaluation:
         zero_shot: Tasks for lm-eval: arc_challenge, arc_easy, boolq, hellaswag, piqa, winogrande, lambada_openai, or
             .jsonl files of rows such as {"query": …, "choices": […], "gold": 0}. The whole model must fit into memory.
         zero_shot_limit: Most documents of each task; null for all.
+        devices: That share the documents of zero-shot tasks; each holds the whole model.
     """
 
     perplexity: Sequence[str] = ()
@@ -36,9 +37,10 @@ class Evaluation:
     batch_size: int = 8
     zero_shot: Sequence[str] = ()
     zero_shot_limit: int | None = None
+    devices: int = 1
 
     def __post_init__(self) -> None:
-        for name, least in {"seq_len": 2, "max_chunks": 1, "batch_size": 1, "zero_shot_limit": 1}.items():
+        for name, least in {"seq_len": 2, "max_chunks": 1, "batch_size": 1, "zero_shot_limit": 1, "devices": 1}.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"evaluation.{name} must be at least {least}, not {value}")

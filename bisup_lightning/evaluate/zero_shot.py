@@ -2,12 +2,14 @@
 
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bisup_lightning.errors import UserError
@@ -26,6 +28,7 @@ ROWS = {  # kinds of local rows, told apart by their keys
     "contexts": ("context_options", "continuation", "gold"),
     "continuation": ("context", "continuation"),
 }
+RESULTS = "results.json"
 PUNCTUATION = ".,;:!?'"  # what follows a word without a space
 
 
@@ -63,6 +66,19 @@ def check_tasks(tasks: Sequence[str]) -> None:
         _lm_eval()
 
 
+def devices_for(count: int, device: torch.device) -> list[torch.device]:
+    """Where so many processes score, on devices of one kind.
+
+    Raises:
+        UserError: If there are not so many.
+    """
+    if count == 1 or device.type == "cpu":
+        return [device] * count
+    if count > torch.cuda.device_count():
+        raise UserError(f"evaluation.devices: {count} are asked for, but this host has {torch.cuda.device_count()}")
+    return [torch.device("cuda", index) for index in range(count)]
+
+
 def fetch_tasks(tasks: Sequence[str]) -> list[Any]:
     """Load the documents of the named tasks, from the hub or its cache; files are passed over.
 
@@ -87,39 +103,92 @@ def fetch_tasks(tasks: Sequence[str]) -> list[Any]:
 
 
 def zero_shot(
-    model: PreTrainedModel,
+    load: Callable[[torch.device], PreTrainedModel],
     tokenizer: PreTrainedTokenizerBase,
     tasks: Sequence[str],
     limit: int | None,
     batch_size: int,
+    devices: Sequence[torch.device],
 ) -> dict[str, Score]:
     """Scores by task; a file's name is that of the task, without its suffix.
 
     Args:
-        model: A whole model in memory.
+        load: Gives the whole model on a device. For several devices it is pickled.
         tokenizer: Its tokenizer.
         tasks: Names of `TASKS`, or .jsonl files with rows of query, choices and gold (an index); of context_options,
             continuation and gold; or of context and continuation.
         limit: Most documents of each task; None for all.
         batch_size: Texts in a forward pass.
+        devices: Each holds the model, in a process of its own if there are several, and scores its part of the
+            documents.
     """
-    lm_eval = _lm_eval()
-    from lm_eval.models.huggingface import HFLM
+    work = _Work(load, tokenizer, tuple(tasks), limit, batch_size, tuple(devices))
+    if len(devices) == 1:
+        results = work.score()
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            torch.multiprocessing.spawn(_score_part, (work, Path(folder)), nprocs=len(devices))
+            results = json.loads(Path(folder, RESULTS).read_text(encoding="utf-8"))
+    return {_name(task): _score(results, task) for task in tasks}
+
+
+@dataclass(frozen=True)
+class _Work:
+    load: Callable[[torch.device], PreTrainedModel]
+    tokenizer: PreTrainedTokenizerBase
+    tasks: tuple[str, ...]
+    limit: int | None
+    batch_size: int
+    devices: tuple[torch.device, ...]
+
+    def score(self, rank: int = 0) -> Any:
+        """What lm-eval found in all documents; to others than the first of several processes, None."""
+        lm_eval = _lm_eval()
+        from lm_eval.models.huggingface import HFLM
+
+        model = HFLM(pretrained=self.load(self.devices[rank]), tokenizer=self.tokenizer, batch_size=self.batch_size)
+        if len(self.devices) > 1:  # lm-eval's own way to speak with the others comes with its own way to load models
+            model._rank, model._world_size = rank, len(self.devices)
+            model.all_gather, model.barrier = _all_gather, dist.barrier
+        return _evaluate(lm_eval, model, self.tasks, self.limit)
+
+
+def _all_gather(x: torch.Tensor) -> torch.Tensor:
+    """One number of each process."""
+    numbers = [torch.zeros(1, dtype=x.dtype) for _ in range(dist.get_world_size())]
+    dist.all_gather(numbers, x.cpu().reshape(1))
+    return torch.cat(numbers)
+
+
+def _score_part(rank: int, work: _Work, folder: Path) -> None:
+    """As one of several processes."""
+    device = work.devices[rank]
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    store = dist.FileStore(str(folder / "store"), len(work.devices))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=len(work.devices))
+    results = work.score(rank)
+    if rank == 0:
+        found = {key: results[key] for key in ("results", "n-samples")}
+        (folder / RESULTS).write_text(json.dumps(found), encoding="utf-8")
+    dist.destroy_process_group()
+
+
+def _evaluate(lm_eval: Any, model: Any, tasks: Sequence[str], limit: int | None) -> Any:
     from lm_eval.tasks import TaskManager
 
     files = {f"file_{_name(task)}": Path(task) for task in tasks if task not in TASKS}
     with tempfile.TemporaryDirectory() as folder:
         for name, path in files.items():  # lm-eval reads YAML, of which JSON is a part
             Path(folder, f"{name}.yaml").write_text(json.dumps(_task(name, path)), encoding="utf-8")
-        results = lm_eval.simple_evaluate(
-            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+        return lm_eval.simple_evaluate(
+            model=model,
             tasks=[*fetch_tasks(tasks), *files],
             limit=limit,
             task_manager=TaskManager(include_path=folder, include_defaults=False),
             log_samples=False,
             bootstrap_iters=100,  # for a perplexity alone: the error of an accuracy has a formula
         )
-    return {_name(task): _score(results, task) for task in tasks}
 
 
 def _score(results: Mapping[str, Any], task: str) -> Score:

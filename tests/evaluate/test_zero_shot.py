@@ -1,5 +1,6 @@
 """Scores through lm-eval are those of plain HFLM, and of log-likelihoods summed by hand."""
 
+import functools
 import json
 import math
 import sys
@@ -13,7 +14,7 @@ from bisup_lightning import cli
 from bisup_lightning.calibrate.signals import Signals
 from bisup_lightning.cli import main
 from bisup_lightning.errors import UserError
-from bisup_lightning.evaluate.zero_shot import TASKS, check_tasks, fetch_tasks, known_to_lm_eval, zero_shot
+from bisup_lightning.evaluate.zero_shot import TASKS, check_tasks, devices_for, fetch_tasks, known_to_lm_eval, zero_shot
 from bisup_lightning.hub.load import load_behind_prompt, load_quantized
 from tests.tools import RTN
 
@@ -96,7 +97,7 @@ def test_scores_are_those_of_likelihoods_by_hand(lm_eval, checkpoint, tokenizer,
     rows = choice_rows()
     path = write_rows(tmp_path / "own.jsonl", rows)
     model = load_behind_prompt(checkpoint, prompt, torch.float32, CPU)
-    score = zero_shot(model, tokenizer, [path], None, 4)["own"]
+    score = zero_shot(lambda device: model, tokenizer, [path], None, 4, [CPU])["own"]
     plain = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
     solved = solved_by_hand(plain, tokenizer, rows, True, prompt)
     share = sum(solved) / len(solved)
@@ -142,7 +143,7 @@ def test_every_form_of_rows(lm_eval, checkpoint, tokenizer, tmp_path):
         write_rows(tmp_path / f"{name}.jsonl", rows)
         for name, rows in {"piqa": questions, "winogrande_val": contexts, "last": last}.items()
     ]
-    scores = zero_shot(model, tokenizer, paths, None, 4)
+    scores = zero_shot(lambda device: model, tokenizer, paths, None, 4, [CPU])
     as_asked = [row | {"query": row["query"].rstrip() + "\nAnswer:"} for row in questions]
     assert scores["piqa"].value == pytest.approx(sum(solved_by_hand(model, tokenizer, as_asked, True)) / 12)
     solved = 0
@@ -155,10 +156,29 @@ def test_every_form_of_rows(lm_eval, checkpoint, tokenizer, tmp_path):
     assert scores["last"].value == pytest.approx(sum(judged) / 12)
 
 
+@pytest.mark.parametrize("limit", [None, 7])
+def test_several_processes_find_what_one_finds(lm_eval, checkpoint, tokenizer, tmp_path, limit):
+    """Of 24 and of 7 documents, which three processes can't share alike."""
+    load = functools.partial(load_behind_prompt, checkpoint, (0,), torch.float32)
+    paths = [write_rows(tmp_path / f"{name}.jsonl", choice_rows()) for name in ("piqa", "boolq")]
+    one, three = (zero_shot(load, tokenizer, paths, limit, 4, [CPU] * count) for count in (1, 3))
+    assert three == one
+    assert three["piqa"].documents == (limit or 24)
+
+
+def test_devices_that_are_not_there_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert devices_for(2, torch.device("cuda")) == [torch.device("cuda", 0), torch.device("cuda", 1)]
+    with pytest.raises(UserError, match=r"evaluation\.devices: 3 are asked for, but this host has 2"):
+        devices_for(3, torch.device("cuda"))
+
+
 def test_a_limit_takes_the_first_documents(lm_eval, checkpoint, tokenizer, tmp_path):
     rows = choice_rows()
     model = load_behind_prompt(checkpoint, [], torch.float32, CPU)
-    score = zero_shot(model, tokenizer, [write_rows(tmp_path / "boolq.jsonl", rows)], 5, 4)["boolq"]
+    score = zero_shot(lambda device: model, tokenizer, [write_rows(tmp_path / "boolq.jsonl", rows)], 5, 4, [CPU])[
+        "boolq"
+    ]
     assert (score.metric, score.documents) == ("acc", 5)  # as the field reports BoolQ
     assert score.value == pytest.approx(sum(solved_by_hand(model, tokenizer, rows[:5], False)) / 5)
 
@@ -214,7 +234,7 @@ def test_a_task_of_the_hub_is_scored_by_its_own_template(lm_eval, hub, checkpoin
         {"query": f"Question: {row['goal']}\nAnswer:", "choices": [row["sol1"], row["sol2"]], "gold": row["label"]}
         for row in rows
     ]
-    score = zero_shot(model, tokenizer, ["piqa"], None, 4)["piqa"]
+    score = zero_shot(lambda device: model, tokenizer, ["piqa"], None, 4, [CPU])["piqa"]
     assert (score.metric, score.documents) == ("acc_norm", 12)
     assert score.value == pytest.approx(sum(solved_by_hand(model, tokenizer, as_asked, True)) / 12)
     assert 0 < score.value < 1
