@@ -100,6 +100,7 @@ IMPOSSIBLE = [
     ("--data.batch_size=0", "data.batch_size"),
     ("--evaluation.max_chunks=-2", "evaluation.max_chunks"),
     ("--evaluation.batch_size=0", "evaluation.batch_size"),
+    ("--evaluation.devices=0", "evaluation.devices"),
     ("--evaluation.seq_len=0", "evaluation.seq_len"),
     ("--evaluation.seq_len=1", "evaluation.seq_len"),  # nothing to predict: a perplexity of NaN
     ("--solver.epochs=0", "solver.epochs"),
