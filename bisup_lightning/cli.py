@@ -150,9 +150,7 @@ def settle_inputs(config: Namespace) -> None:
         raise UserError(
             "solver.fp_epochs: independent blocks learn on full-precision inputs in all epochs; leave it out"
         )
-    if mode == "independent" and "fp_epochs" in solver:
-        solver.fp_epochs = 0  # without a say of the solver's
-    elif solver.get("fp_epochs", 0) is None:
+    if solver.get("fp_epochs", 0) is None:
         solver.fp_epochs = solver.epochs - 1 if mode == "wavefront" else 0
 
 

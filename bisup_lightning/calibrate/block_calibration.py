@@ -62,11 +62,6 @@ def frugal_block_loss(layer: nn.Module, x_BTD: Tensor, target_BTD: Tensor, posit
     return F.mse_loss(run_layer_in_halves(layer, x_BTD, positions, kv).float(), target_BTD.float())
 
 
-def host_copy(layer: nn.Module) -> dict[str, Tensor]:
-    """A layer's Θ by name, on the host."""
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in theta_parameters(layer).items()}
-
-
 class BlockCalibration(LightningModule):
     """Moves a quantized block's output on x_q towards the full-precision block's output on x_fp (eq. 8).
 
@@ -148,11 +143,7 @@ class BlockCalibration(LightningModule):
                     parameter.clamp_(min=MIN_CLIP)
 
     def on_train_epoch_end(self) -> None:
-        """Go no further once the loss is not finite. Read once an epoch, as reading makes the device wait.
-
-        What was learned is kept on the host, before it is fused, as an epoch may be the last for a callback's reasons.
-        """
-        self.learned = host_copy(self.layer)
+        """Go no further once the loss is not finite. Read once an epoch, as reading makes the device wait."""
         if not math.isfinite(self.trainer.callback_metrics["loss"].item()):
             self.trainer.should_stop = True
 

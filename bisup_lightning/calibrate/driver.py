@@ -299,20 +299,20 @@ class BlockWalk:
         layer = hold_dense(self.solver.solve(block) or start, self.model.dtype)
         self.inputs.early = None
         clock.lap("solve")
-        judged = not self.relay.arriving
-        if self.relay.arriving:  # the start is judged on the inputs that the trained block is judged on
-            self.relay.receive_final(self.inputs)
-            if layer is start or not self._clearly_better(block.run(layer), block.run(start)):
-                self.loss_initial, judged = self.inputs.loss_q(block.run(start)), True
+        self.relay.receive_final(self.inputs)
+        in_no_doubt = (
+            self.relay.arriving and layer is not start and self._clearly_better(block.run(layer), block.run(start))
+        )
         outputs, loss = self.inputs.outputs_q(block.run(layer))
-        if not judged and not math.isfinite(loss):
-            self.loss_initial, judged = self.inputs.loss_q(block.run(start)), True
-        if judged and not loss < self.loss_initial and layer is not start:  # not less is NaN, too
+        in_no_doubt = in_no_doubt and math.isfinite(loss)
+        if self.relay.arriving and not in_no_doubt:  # judged on the inputs that the trained block is judged on
+            self.loss_initial = self.inputs.loss_q(block.run(start))
+        if not in_no_doubt and not loss < self.loss_initial and layer is not start:  # not less is NaN, too
             layer = start
             del outputs  # or there would be a fourth copy
             outputs, loss = self.inputs.outputs_q(block.run(layer))
         self.relay.send_final(outputs)
-        if not judged:
+        if in_no_doubt:
             self.loss_initial = self.inputs.loss_q(block.run(start))
         self.inputs.advance_q(outputs)
         clock.lap("advance")

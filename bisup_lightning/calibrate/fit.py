@@ -199,15 +199,14 @@ def walk(
             block_walk.begin(tokens_NT)
         else:
             block_walk.resume(tokens_NT, progress)
-        like = (block_walk.inputs.fp, block_walk.prompt_1PD)
-        stream, prompt_1PD = (torch.empty_like(x, device="meta") for x in like)
-        del like
         if job.independent:
             wanted = parse_blocks(job.blocks, model.num_layers)
-            block_walk.relay = Independent(wanted, progress.scattered, place, stream, prompt_1PD)
+            block_walk.relay = Independent(
+                wanted, progress.scattered, place, block_walk.inputs.fp, block_walk.prompt_1PD
+            )
         elif stages > 1:
             left = range(len(progress.metrics), model.num_layers)
-            block_walk.relay = Wavefront(left, place, stream, prompt_1PD)
+            block_walk.relay = Wavefront(left, place, block_walk.inputs.fp, block_walk.prompt_1PD)
         block_walk.run()
 
 

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
-from bisup_lightning.calibrate.block_calibration import BlockCalibration, Optimization, host_copy
+from bisup_lightning.calibrate.block_calibration import BlockCalibration, Optimization
 from bisup_lightning.calibrate.run_reader import Partial, RunReader
 from bisup_lightning.calibrate.wavefront import Relay
 from bisup_lightning.data.datamodule import BlockBatches, BlockDataModule
@@ -161,25 +161,29 @@ class BiSup(Solver):
         if self.theta_from is None:
             return super().start(block)
         layer = self._learnable(block)
-        block.learned_before = host_copy(layer) if self.keep_theta else None
+        block.learned_before = on_host(theta_parameters(layer)) if self.keep_theta else None
         return fuse_layer(layer)
 
     def solve(self, block: Block) -> nn.Module | None:
         """Learn Θ; once more at a tenth of the learning rate if the loss is not finite; give up after that."""
         for attempt in range(block.partial.attempt if block.partial else 0, ATTEMPTS):
-            module, loss = self._train(block, attempt)
+            layer, theta, loss = self._train(block, attempt)
             if math.isfinite(loss):
-                block.learned = module.learned if self.keep_theta else None
-                if not is_fused(module.layer):  # without the Fuse callback
-                    fuse_layer(module.layer)
-                return module.layer.to(block.model.device)
+                block.learned = on_host(theta) if self.keep_theta else None
+                if not is_fused(layer):  # without the Fuse callback
+                    fuse_layer(layer)
+                return layer.to(block.model.device)
         return None
 
-    def _train(self, block: Block, attempt: int) -> tuple[BlockCalibration, float]:
-        """A trained block and the mean loss of its last epoch; what does not fit is trained in micro-batches."""
+    def _train(self, block: Block, attempt: int) -> tuple[nn.Module, dict[str, nn.Parameter], float]:
+        """A trained block, its Θ, which fusing takes from it, and the mean loss of its last epoch.
+
+        What does not fit is trained in micro-batches.
+        """
         saved = block.partial.path if block.partial and block.partial.attempt == attempt else None
         while True:
             layer = self._learnable(block)
+            theta = theta_parameters(layer)
             micro_batch = min(block.batch_size, block.inputs.micro_batch)
             batches = BlockBatches(
                 block.inputs, block.batch_size, block.seed, self.fp_epochs, block.relay.receive_final
@@ -195,8 +199,8 @@ class BiSup(Solver):
             except torch.OutOfMemoryError as error:
                 out_of_memory = error.with_traceback(None)  # which would keep the failed step's tensors alive
             else:
-                return module, trainer.callback_metrics["loss"].item()
-            del layer, module, batches, trainer
+                return layer, theta, trainer.callback_metrics["loss"].item()
+            del layer, theta, module, batches, trainer
             if block.inputs.share.members > 1:  # the others wait for this one's gradients
                 raise UserError(
                     "data.batch_size: training ran out of device memory, and processes that share a batch can't go on "
@@ -216,6 +220,11 @@ class BiSup(Solver):
             for name, tensor in learned.items():
                 theta[name].data.copy_(tensor)
         return layer
+
+
+def on_host(theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of tensors on the host."""
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in theta.items()}
 
 
 class GPTQ(Solver):
