@@ -44,7 +44,7 @@ class WalkProgress(WalkCallback):
         self.trained = True
         loss = trainer.callback_metrics["loss"].item()
         epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
-        start = self.walk.loss_initial  # in a wavefront not known yet
+        start = float(self.walk.loss_initial)  # in a wavefront not known yet
         change = f"loss {loss:.3e}" + (f", at the start {start:.3e}" if math.isfinite(start) else "")
         self._show(f"block {self.index + 1}/{self.num_blocks} · {epoch} · {change}")
 

@@ -10,14 +10,16 @@ from bisup_lightning.model.block import theta_by_kind
 
 
 class ThetaStatistics(WalkCallback):
-    """Logs smallest, mean and largest value of each kind of learned tensor once an epoch: `theta/s1/max`, ….
+    """Logs smallest, mean and largest value of each kind of learned tensor behind the last epoch: `theta/s1/max`, ….
 
     Kinds are `weight_clip`, `activation_clip`, `s1`, `s2` and `low_rank` (the product AB); paper §4.1 to §4.3.
     """
 
     @torch.no_grad()
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log; before the block is fused, which leaves nothing of Θ."""
+        """Log; before the block is fused, which leaves nothing of Θ. Products AB take as long as a few steps."""
+        if trainer.current_epoch + 1 < (trainer.max_epochs or 0):
+            return
         assert isinstance(pl_module, BlockCalibration)
         for kind, tensors in theta_by_kind(pl_module.layer).items():
             for name, value in _summary(tensors).items():

@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from bisup_lightning.calibrate.block_calibration import block_loss
 from bisup_lightning.calibrate.measure import read_results
+from bisup_lightning.calibrate.recorded_step import RecordedStep
 from bisup_lightning.cli import main
 from bisup_lightning.evaluate.perplexity import final_hidden
 from bisup_lightning.hub.load import open_quantized
@@ -63,8 +64,8 @@ def test_the_bundled_model_loses_less_by_bisup_than_by_rounding(fit, text_file, 
     assert excess["bisup"] < 0.8 * excess["rtn"]
 
 
-def gradients_of_a_step(dtype, function, group_size=64, hadamard=False, by_codes=False):
-    """Gradients of Θ in the bundled model's second block, the same whatever the dtype."""
+def step_of_the_bundled_model(dtype, group_size=64, hadamard=False, by_codes=False):
+    """The second block with Θ as it might be while it learns, and what a step is made of besides."""
     model = BlockwiseModel(DEMO, CUDA, dtype, fused_attention=True)
     quantizer, kv_quantizer = QuantSpec(4, group_size=group_size), QuantSpec(4, symmetric=False, granularity="head")
     scheme = Scheme.of(Precision(quantizer, quantizer, kv_quantizer), hadamard=hadamard)
@@ -88,8 +89,13 @@ def gradients_of_a_step(dtype, function, group_size=64, hadamard=False, by_codes
     learn_by_codes(layer, on=by_codes)
     quantizers = [module for module in layer.modules() if isinstance(module, InputQuantizer)]
     assert [module.with_codes for module in quantizers] == [by_codes] * 4
-    loss = function(layer, entered, hidden, positions, kv)
-    return dict(zip(theta, torch.autograd.grad(loss, list(theta.values())), strict=True))
+    return theta, layer, entered, hidden, positions, kv
+
+
+def gradients_of_a_step(dtype, function, *arguments, **more):
+    """Gradients of Θ, the same whatever the dtype."""
+    theta, *given = step_of_the_bundled_model(dtype, *arguments, **more)
+    return dict(zip(theta, torch.autograd.grad(function(*given), list(theta.values())), strict=True))
 
 
 def distances(found, exact):
@@ -132,6 +138,36 @@ def test_a_step_by_codes_is_as_close_to_float32_as_one_by_values(group_size, had
     )
     for name in exact:
         assert by_codes[name] < 1.5 * by_values[name] + 0.05, name
+
+
+@pytest.mark.parametrize("step", [block_loss.__wrapped__, block_loss], ids=["eager", "compiled"])
+def test_a_recorded_step_gives_the_same_bits_as_one_that_is_not(step):
+    torch.compiler.reset()
+    theta, layer, x, target, *rest = step_of_the_bundled_model(torch.bfloat16, 128, by_codes=True)
+
+    def loss(x, target):
+        return step(layer, x, target, *rest)
+
+    loss(x, target).backward()
+    recorded = RecordedStep(loss, list(theta.values()), x, target)
+    assert recorded.takes(x)
+    assert not recorded.takes(x[:2])
+    before = {name: parameter.grad for name, parameter in theta.items()}
+    for change in range(3):
+        found = []
+        for compute in (loss, recorded):
+            for parameter in theta.values():
+                parameter.grad = None
+            value = compute(x, target)
+            value.backward()
+            found.append([value.detach(), *(parameter.grad for parameter in theta.values())])
+        assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+        same = [torch.equal(parameter.grad, before[name]) for name, parameter in theta.items()]
+        assert all(same) if change == 0 else not any(same)
+        x, target = x.flip(0), target.flip(1)
+        with torch.no_grad():
+            for parameter in theta.values():
+                parameter.mul_(0.9)
 
 
 def test_a_run_that_was_cut_off_ends_in_the_same_bytes(make_checkpoint, fit_arguments, tmp_path):

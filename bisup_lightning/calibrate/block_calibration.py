@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from bisup_lightning.calibrate.recorded_step import RecordedStep
 from bisup_lightning.data.share import WHOLE, Share
 from bisup_lightning.model.block import is_clip, learn_by_codes, theta_parameters
 from bisup_lightning.model.blockwise import Positions, run_layer, run_layer_in_halves
@@ -98,6 +99,12 @@ class BlockCalibration(LightningModule):
         self.share = share
         self.loss = frugal_block_loss if frugal else block_loss
         learn_by_codes(layer, on=not frugal)  # which need more memory
+        self.theta = list(theta_parameters(layer).values())
+        self.clips: list[Tensor] = [parameter for name, parameter in theta_parameters(layer).items() if is_clip(name)]
+        self.losses: tuple[Tensor | float, int] = (0.0, 0)  # their sum over the epoch so far, and of how many sequences
+        self.recording = not frugal  # on a GPU; what is recorded keeps its memory
+        self.recorded: RecordedStep | None = None
+        self.seen: torch.Size | None = None  # shape of the last step's first micro-batch
         for module in layer.modules():
             if isinstance(module, QuantLinear):
                 module.frugal = frugal
@@ -111,25 +118,39 @@ class BlockCalibration(LightningModule):
         x_BTD, target_BTD = batch
         size = self.micro_batch or len(x_BTD)
         parts = list(zip(x_BTD.split(size), target_BTD.split(size), strict=True))
+        self._record(*parts[0])
         loss, total = x_BTD.new_zeros(()), x_BTD.new_zeros((), dtype=torch.float32)
         for place, (x_bTD, target_bTD) in enumerate(parts):
-            loss = self.loss(self.layer, x_bTD, target_bTD, self.positions, self.kv)
-            loss = loss * (len(x_bTD) / (len(x_BTD) * self.share.members))
+            step = self.recorded if self.recorded is not None and self.recorded.takes(x_bTD) else self._loss
+            loss = step(x_bTD, target_bTD) * (len(x_bTD) / (len(x_BTD) * self.share.members))
             total = total + loss.detach()
             if place < len(parts) - 1:
                 loss.backward()
         self.batch_loss, self.batch_length = total, len(x_BTD)
         return loss
 
+    def _loss(self, x_bTD: Tensor, target_bTD: Tensor) -> Tensor:
+        return self.loss(self.layer, x_bTD, target_bTD, self.positions, self.kv)
+
+    def _record(self, x_bTD: Tensor, target_bTD: Tensor) -> None:
+        """On a GPU, record the second step, whose kernels the first one has compiled; the others replay it."""
+        if x_bTD.is_cuda and self.recording and self.recorded is None and self.seen == x_bTD.shape:
+            try:
+                self.recorded = RecordedStep(self._loss, self.theta, x_bTD, target_bTD)
+            except torch.OutOfMemoryError:
+                self.recording = False  # a step by itself had enough, as one has run
+        self.seen = x_bTD.shape
+
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Add up gradients and loss over the processes, and log the loss of the whole batch."""
-        gradients = [p.grad for p in self.layer.parameters() if p.grad is not None]
-        self.share.sum_([*gradients, self.batch_loss])
-        self.log("loss", self.batch_loss, on_step=False, on_epoch=True, batch_size=self.batch_length)
+        """Add up gradients and loss over the processes, and losses over the epoch."""
+        self.share.sum_([*(p.grad for p in self.theta if p.grad is not None), self.batch_loss])
+        total, count = self.losses
+        self.losses = total + self.batch_loss * self.batch_length, count + self.batch_length
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Begin with no gradients."""
-        self.zero_grad()
+        for parameter in self.theta:
+            parameter.grad = None
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
         """Keep, where Lightning would drop them, the gradients that `training_step` has added."""
@@ -137,24 +158,42 @@ class BlockCalibration(LightningModule):
     def optimizer_step(self, *arguments: Any, **more: Any) -> None:
         """Step, and keep the clip values positive."""
         super().optimizer_step(*arguments, **more)
-        with torch.no_grad():
-            for name, parameter in self.layer.named_parameters():
-                if is_clip(name):
-                    parameter.clamp_(min=MIN_CLIP)
+        if self.clips:
+            with torch.no_grad():
+                torch._foreach_clamp_min_(self.clips, MIN_CLIP)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log the epoch's mean loss behind its last batch; every `log` takes the host as long as a small step."""
+        if self.trainer.is_last_batch:
+            total, count = self.losses
+            self.log("loss", total / count, on_step=False, on_epoch=True, batch_size=1)
+            self.losses = 0.0, 0
 
     def on_train_epoch_end(self) -> None:
         """Go no further once the loss is not finite. Read once an epoch, as reading makes the device wait."""
         if not math.isfinite(self.trainer.callback_metrics["loss"].item()):
             self.trainer.should_stop = True
 
+    def on_train_end(self) -> None:
+        """Let go of what the recorded step holds."""
+        if self.recorded is not None:
+            self.recorded = None
+            torch.cuda.empty_cache()
+
+    def cpu(self) -> "BlockCalibration":
+        """Stay: a Trainer that is done would move the block to the host, and the walk wants it where it is."""
+        return self
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the random generators: nothing here draws, but a user's callback may."""
+        """Add the epoch's losses, and the random generators: nothing here draws, but a user's callback may."""
+        checkpoint["losses"] = self.losses
         checkpoint["rng"] = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             checkpoint["rng"]["cuda"] = torch.cuda.get_rng_state(self.device)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore them."""
+        self.losses = checkpoint["losses"]
         torch.set_rng_state(checkpoint["rng"]["cpu"])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(checkpoint["rng"]["cuda"], self.device)

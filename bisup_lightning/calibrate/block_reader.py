@@ -9,7 +9,7 @@ from bisup_lightning.model.blockwise import BlockwiseModel
 
 
 class BlockReader:
-    """Gives the tensors of one block after another; on a GPU each is read, moved there and transformed beforehand.
+    """Gives the tensors of one block after another; on a GPU each can be read, moved there and transformed beforehand.
 
     Args:
         model: The full-precision model; its dtype may be set until the first block is read.
@@ -18,25 +18,27 @@ class BlockReader:
     def __init__(self, model: BlockwiseModel) -> None:
         self.model = model
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="block-reader")
-        self._next: tuple[int, Future[dict[str, Tensor]]] | None = None
+        self._ahead: dict[int, Future[dict[str, Tensor]]] = {}
         self._stream = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
 
     def read(self, index: int) -> dict[str, Tensor]:
-        """The tensors of block `index` on the device; on a GPU, the block behind it is read from now on.
+        """The tensors of block `index` on the device.
 
         Raises:
             UserError: If the checkpoint is damaged.
         """
-        if self._stream is None:  # a CPU has nothing to do it beside
+        if self._stream is None:
             return self.model.layer_tensors(index)
-        known, future = self._next or (-1, None)
-        if future is None or known != index:
-            future = self._executor.submit(self._read, index, self._stream)
-        tensors = future.result()
-        following = index + 1
-        if following < self.model.num_layers:
-            self._next = following, self._executor.submit(self._read, following, self._stream)
-        return tensors
+        self.read_ahead(index)
+        return self._ahead.pop(index).result()
+
+    def read_ahead(self, index: int) -> None:
+        """Begin to read a block, if there is such a one, while the device has something else to do.
+
+        Not while the host has: copies from ordinary memory keep it from launching kernels.
+        """
+        if self._stream is not None and index < self.model.num_layers and index not in self._ahead:
+            self._ahead[index] = self._executor.submit(self._read, index, self._stream)
 
     def _read(self, index: int, stream: torch.cuda.Stream) -> dict[str, Tensor]:
         with torch.cuda.stream(stream):  # beside the kernels of the block at hand

@@ -1,5 +1,6 @@
 """The walk over the blocks: Algorithm A1 of the paper, one block in memory at a time."""
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -88,16 +89,36 @@ class BlockResult:
 
 
 class Stopwatch:
-    """Seconds between one lap and the next. Each ends where the host waits for the device anyway."""
+    """Seconds between one lap and the next, by the device's own clock: the host may be ahead of it.
 
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
-        self._last = time.perf_counter()
+    Args:
+        device: Where the work is done.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._marks: list[tuple[str, Any]] = [("", self._now())]
+
+    def _now(self) -> Any:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def lap(self, name: str) -> None:
         """End a part of the work."""
-        now = time.perf_counter()
-        self.laps[name], self._last = now - self._last, now
+        self._marks.append((name, self._now()))
+
+    @property
+    def laps(self) -> dict[str, float]:
+        """Seconds of each part; waits for the last."""
+        if self._on_gpu:
+            self._marks[-1][1].synchronize()
+        return {
+            name: last.elapsed_time(now) / 1000 if self._on_gpu else now - last
+            for (_, last), (name, now) in itertools.pairwise(self._marks)
+        }
 
 
 class BlockWalk:
@@ -156,7 +177,7 @@ class BlockWalk:
         self.inputs: LayerInputs
         self.prompt_1PD: Tensor
         self.next_block = 0
-        self.loss_initial = float("nan")  # of the block at hand
+        self.loss_initial: Tensor | float = math.nan  # of the block at hand
 
     def prepare(self) -> None:
         """Let the callbacks set up before the streams are made."""
@@ -204,7 +225,7 @@ class BlockWalk:
 
     def _stand(self, next_block: int, x_fp: Tensor, x_q: Tensor, prompt_1PD: Tensor, home: Home) -> None:
         """Stand before a block, with the streams [N, T, D] at home and the prompt's hidden states [1, P, D] there."""
-        micro_batch = 1 if self.memory == "low" else self.batch_size // self.share.members
+        micro_batch = 1 if self.memory == "low" else self.batch_size
         self.inputs = LayerInputs(x_fp, x_q, self.model.device, micro_batch, home, self.share)
         self.prompt_1PD, self.next_block = prompt_1PD, next_block
 
@@ -218,6 +239,7 @@ class BlockWalk:
         """Advance both streams behind a finished block."""
         positions = self._positions(index)
         tensors = self.reader.read(index)
+        self.reader.read_ahead(index + 1)
         _, prompt = self._advance_fp(index, self.model.layer(index, tensors), positions)
         prefix, stored = layer_prefix(index), self.store.read_block(index)
         packed = {
@@ -253,14 +275,18 @@ class BlockWalk:
     def _pass(self, index: int) -> None:
         """Let full-precision inputs through a block that was finished before."""
         self.prompt_1PD = self.relay.receive_fp(index, self.inputs, self.prompt_1PD)
-        self._advance_fp(index, self.model.layer(index, self.reader.read(index)), self._positions(index))
+        layer = self.model.layer(index, self.reader.read(index))
+        self.reader.read_ahead(index + self.relay.stages)
+        self._advance_fp(index, layer, self._positions(index))
         self.relay.send_fp(self.inputs, self.prompt_1PD)
 
     def calibrate(self, index: int) -> BlockResult:
         """Solve one block and advance both streams behind it."""
-        clock = Stopwatch()
+        clock = Stopwatch(self.model.device)
         tensors, positions = self.reader.read(index), self._positions(index)
         clock.lap("read")
+        if self.relay.is_first_to_come(index):  # or stage after stage would compile
+            self._warm_up(index, tensors, positions)
         self.prompt_1PD = self.relay.receive_fp(index, self.inputs, self.prompt_1PD)
         if self.relay.stages > 1:
             clock.lap("wait")
@@ -272,10 +298,60 @@ class BlockWalk:
         self.relay.send_fp(self.inputs, self.prompt_1PD)
         scale = self.inputs.mean_square_target()
         clock.lap("full precision")
-        if not math.isfinite(scale):
-            raise UserError(f"checkpoint: the full-precision output of block {index} is not finite")
 
-        block = Block(
+        block = self._block(index, tensors, positions, statistics, prompt)
+        start = hold_dense(self.solver.start(block), self.model.dtype)
+        self.loss_initial = math.nan if self.relay.arriving else self.inputs.loss_q(block.run(start))
+        clock.lap("start")
+        self.reader.read_ahead(index + self.relay.stages)
+        layer = hold_dense(self.solver.solve(block) or start, self.model.dtype)
+        if not math.isfinite(scale):  # not before: the host would wait, and then the device
+            raise UserError(f"checkpoint: the full-precision output of block {index} is not finite")
+        self.inputs.early = None
+        clock.lap("solve")
+        self.relay.receive_final(self.inputs)
+        outputs, loss = self.inputs.outputs_q(block.run(layer))
+        in_no_doubt = (
+            self.relay.arriving
+            and layer is not start
+            and math.isfinite(loss)
+            and self._clearly_better(outputs, block.run(start))
+        )
+        if self.relay.arriving and not in_no_doubt:  # judged on the inputs that the trained block is judged on
+            self.loss_initial = self.inputs.loss_q(block.run(start))
+        if not in_no_doubt and not loss < self.loss_initial and layer is not start:  # not less is NaN, too
+            layer = start
+            del outputs  # or there would be a fourth copy
+            outputs, loss = self.inputs.outputs_q(block.run(layer))
+        self.relay.send_final(outputs)
+        if in_no_doubt:
+            self.loss_initial = self.inputs.loss_q(block.run(start))
+        self.inputs.advance_q(outputs)
+        clock.lap("advance")
+        tensors = self._stored(index, layer, prompt)
+        clock.lap("store")
+        return BlockResult(
+            index=index,
+            tensors=tensors,
+            loss_initial=float(self.loss_initial),
+            loss_final=loss.item(),
+            relative_mse=(loss / scale).item(),
+            kept_start=layer is start,
+            micro_batch=self.inputs.micro_batch,
+            stages=self.relay.stages,
+            phases=clock.laps,
+            theta=block.learned_before if layer is start else block.learned,
+        )
+
+    def _block(
+        self,
+        index: int,
+        tensors: Mapping[str, Tensor],
+        positions: Positions,
+        statistics: InputStatistics,
+        prompt: KeyValue | None,
+    ) -> Block:
+        return Block(
             index=index,
             model=self.model,
             tensors=tensors,
@@ -293,47 +369,20 @@ class BlockWalk:
             partial=self.partials.get(index),
             frugal=self.memory == "low",
         )
-        start = hold_dense(self.solver.start(block), self.model.dtype)
-        self.loss_initial = math.nan if self.relay.arriving else self.inputs.loss_q(block.run(start))
-        clock.lap("start")
-        layer = hold_dense(self.solver.solve(block) or start, self.model.dtype)
-        self.inputs.early = None
-        clock.lap("solve")
-        self.relay.receive_final(self.inputs)
-        in_no_doubt = (
-            self.relay.arriving and layer is not start and self._clearly_better(block.run(layer), block.run(start))
-        )
-        outputs, loss = self.inputs.outputs_q(block.run(layer))
-        in_no_doubt = in_no_doubt and math.isfinite(loss)
-        if self.relay.arriving and not in_no_doubt:  # judged on the inputs that the trained block is judged on
-            self.loss_initial = self.inputs.loss_q(block.run(start))
-        if not in_no_doubt and not loss < self.loss_initial and layer is not start:  # not less is NaN, too
-            layer = start
-            del outputs  # or there would be a fourth copy
-            outputs, loss = self.inputs.outputs_q(block.run(layer))
-        self.relay.send_final(outputs)
-        if in_no_doubt:
-            self.loss_initial = self.inputs.loss_q(block.run(start))
-        self.inputs.advance_q(outputs)
-        clock.lap("advance")
-        tensors = self._stored(index, layer, prompt)
-        clock.lap("store")
-        return BlockResult(
-            index=index,
-            tensors=tensors,
-            loss_initial=self.loss_initial,
-            loss_final=loss,
-            relative_mse=loss / scale,
-            kept_start=layer is start,
-            micro_batch=self.inputs.micro_batch,
-            stages=self.relay.stages,
-            phases=clock.laps,
-            theta=block.learned_before if layer is start else block.learned,
-        )
 
-    def _clearly_better(self, trained: Run, start: Run) -> bool:
+    def _warm_up(self, index: int, tensors: Mapping[str, Tensor], positions: Positions) -> None:
+        """Run a block, as it is and rounded, on one batch of whatever inputs there are, so that both are compiled."""
+        few, layer = self.inputs.micro_batch / len(self.inputs.q), self.model.layer(index, tensors)
+        _, prompt = self.model.encode_prompt(index, layer, self.prompt_1PD) if self.prompt_ids else (None, None)
+        statistics, kv = InputStatistics(layer), BlockKV(None, prompt)
+        self.inputs.loss_q(lambda hidden_BTD: run_layer_fast(layer, hidden_BTD, positions, kv), few)
+        statistics.add_pass()
+        block = self._block(index, tensors, positions, statistics, prompt)
+        self.inputs.loss_q(block.run(hold_dense(self.solver.start(block), self.model.dtype)), few)
+
+    def _clearly_better(self, outputs_NTD: Tensor, start: Run) -> bool:
         """Whether a few sequences leave no doubt, so that the successor need not wait for the start's loss on all."""
-        return self.inputs.loss_q(trained, SAMPLE) < CLEARLY * self.inputs.loss_q(start, SAMPLE)
+        return bool(self.inputs.loss_of(outputs_NTD, SAMPLE) < CLEARLY * self.inputs.loss_q(start, SAMPLE))
 
     def _positions(self, index: int) -> Positions:
         return self.model.positions(index, self.inputs.fp.shape[1], len(self.prompt_ids))

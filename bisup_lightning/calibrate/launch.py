@@ -22,6 +22,7 @@ def launch(arguments: Sequence[str], processes: int) -> int:
         The exit code of the process that failed first, 128 + the number of a signal that ended them, else 0.
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # each process would warn for pages when another ends
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch

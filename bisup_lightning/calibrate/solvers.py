@@ -172,7 +172,7 @@ class BiSup(Solver):
                 block.learned = on_host(theta) if self.keep_theta else None
                 if not is_fused(layer):  # without the Fuse callback
                     fuse_layer(layer)
-                return layer.to(block.model.device)
+                return layer
         return None
 
     def _train(self, block: Block, attempt: int) -> tuple[nn.Module, dict[str, nn.Parameter], float]:

@@ -26,6 +26,10 @@ class Relay:
         """Whether a block was finished before this process began, and only full-precision inputs pass through it."""
         return False
 
+    def is_first_to_come(self, block: int) -> bool:
+        """Whether a block waits for inputs, and is the first here that does."""
+        return False
+
     def receive_fp(self, block: int, inputs: LayerInputs, prompt_1PD: Tensor) -> Tensor:
         """Put a block's full-precision inputs into the streams; the prompt's hidden states [1, P, D] before it."""
         return prompt_1PD
@@ -75,6 +79,10 @@ class Chain(Relay):
     def blocks(self, first: int, end: int) -> range:
         """The stage's own."""
         return self.run[self.place.stage :: self.stages]
+
+    def is_first_to_come(self, block: int) -> bool:
+        """Of this stage's."""
+        return self.block < self.run.start < block
 
     def receive_fp(self, block: int, inputs: LayerInputs, prompt_1PD: Tensor) -> Tensor:
         """From the predecessor; the first block has them already."""

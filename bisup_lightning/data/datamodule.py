@@ -68,7 +68,7 @@ class BlockBatches:
             [order[number] * len(own) + place for place, order in enumerate(own) if number < len(order)]
             for number in range(len(self))
         ]
-        rows = torch.tensor([row for batch in batches for row in batch], device=self.inputs.fp.device)
+        rows = torch.tensor([row for batch in batches for row in batch]).to(self.inputs.fp.device, non_blocking=True)
         return list(rows.split([len(batch) for batch in batches]))
 
     def state_dict(self) -> dict[str, int]:

@@ -23,7 +23,7 @@ class LayerInputs:
     """Inputs x_fp and x_q of the next block, [N, T, D] each, wherever they live.
 
     `advance_fp` turns x_fp into the block's full-precision output, which is then both the target of its calibration
-    and the next block's x_fp.
+    and the next block's x_fp. Figures are tensors on the device: whoever reads one waits for it.
 
     Args:
         x_fp: Full-precision inputs.
@@ -97,20 +97,27 @@ class LayerInputs:
 
         self._for_each(step, self.fp)
 
-    @torch.no_grad()
-    def loss_q(self, run: Run, part: float = 1.0) -> float:
+    def loss_q(self, run: Run, part: float = 1.0) -> Tensor:
         """Mean square distance of a quantized block's output on x_q to the target (eq. 8), or on part of the text."""
-        count = max(1, round(part * len(self.q)))
+        return self._loss(self.q, run, part)
+
+    def loss_of(self, outputs_NTD: Tensor, part: float) -> Tensor:
+        """The same of outputs that are known."""
+        return self._loss(outputs_NTD, lambda y_BTD: y_BTD, part)
+
+    @torch.no_grad()
+    def _loss(self, x_NTD: Tensor, run: Run, part: float) -> Tensor:
+        count = max(1, round(part * len(x_NTD)))
         squares = torch.zeros((), dtype=torch.float64, device=self.device)
 
         def step(batch: slice, x_BTD: Tensor, target_BTD: Tensor) -> None:
             squares.add_(squared_error(run(x_BTD), target_BTD))
 
-        self._for_each(step, self.q[:count], self.fp[:count])
-        return self._mean(squares) * len(self.q) / count
+        self._for_each(step, x_NTD[:count], self.fp[:count])
+        return self._mean(squares) * len(x_NTD) / count
 
     @torch.no_grad()
-    def outputs_q(self, run: Run) -> tuple[Tensor, float]:
+    def outputs_q(self, run: Run) -> tuple[Tensor, Tensor]:
         """What a quantized block makes of x_q, [N, T, D], and its mean square distance to the target (eq. 8)."""
         outputs = self.home.empty_like(self.q)
         squares = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -137,7 +144,7 @@ class LayerInputs:
         self.q = outputs
 
     @torch.no_grad()
-    def mean_square_target(self) -> float:
+    def mean_square_target(self) -> Tensor:
         """Mean square of the target, the scale of a relative error."""
         squares = torch.zeros((), dtype=torch.float64, device=self.device)
 
@@ -147,9 +154,9 @@ class LayerInputs:
         self._for_each(step, self.fp)
         return self._mean(squares)
 
-    def _mean(self, squares: Tensor) -> float:
+    def _mean(self, squares: Tensor) -> Tensor:
         self.share.sum_([squares])
-        return squares.item() / (self.fp.numel() * self.share.members)
+        return squares / (self.fp.numel() * self.share.members)
 
 
 @compiled_on_gpu(dynamic=True)

@@ -141,7 +141,7 @@ def _replace(
             storage_dtype,
             rotated=online_rotation(entry, config) if scheme.hadamard else 0,
             reordered=scheme.outliers > 0 and not entry.producers,
-        ).to(weight.device)
+        ).to(weight.device, non_blocking=True)
         if quantizer.order is not None and orders is not None:
             quantizer.order = orders[entry.name].to(quantizer.order)
         own: nn.Module = quantizer
@@ -188,7 +188,9 @@ def add_theta(
             for linear in linears:
                 rows, features = linear.weight.shape
                 a_OR, b_RI = low_rank.start(rows, features, theta.rank, generator)
-                linear.add_low_rank(theta.low_rank, a_OR.to(linear.weight.device), b_RI.to(linear.weight.device))
+                if linear.weight.is_cuda:  # from pinned memory, or the host would wait for what the device computes
+                    a_OR, b_RI = (x.pin_memory().to(linear.weight.device, non_blocking=True) for x in (a_OR, b_RI))
+                linear.add_low_rank(theta.low_rank, a_OR, b_RI)
 
 
 def _smoothquant(absmax_I: Tensor, linears: list[QuantLinear], order_I: Tensor | None, alpha: float = 0.5) -> Tensor:

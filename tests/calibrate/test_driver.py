@@ -1,13 +1,17 @@
 """The walk over the blocks, judged from outside: by what transformers computes with the artifact it leaves."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from bisup_lightning.cli import main
 from bisup_lightning.data.corpus import CalibrationData, calibration_tokens
+from bisup_lightning.model.checkpoint import SINGLE
 from bisup_lightning.quant.affine import fake_quantize
 from bisup_lightning.quant.gptq import Segment, accumulate_hessian, gptq_quantize
 from bisup_lightning.quant.spec import QuantSpec
@@ -321,3 +325,15 @@ def test_the_seed_alone_changes_what_is_drawn_for_theta(checkpoint, watched_fit)
     assert all(torch.equal(a, b) for a, b in zip(starts[0], starts[1], strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(starts[0], starts[2], strict=True))
     assert not torch.equal(starts[0][0], starts[0][1])  # each block draws its own
+
+
+@pytest.mark.parametrize("solver", [RTN, GPTQ, BISUP])
+def test_a_block_whose_output_is_not_finite_is_named(checkpoint, fit_arguments, tmp_path, capsys, solver):
+    spoiled = shutil.copytree(checkpoint, tmp_path / "checkpoint")
+    tensors = load_file(spoiled / SINGLE)
+    tensors["model.layers.1.mlp.down_proj.weight"][3] = torch.finfo(torch.float32).max  # whose sums overflow
+    save_file(tensors, spoiled / SINGLE)
+    assert main(fit_arguments(spoiled, tmp_path / "run", solver)) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert error[-1] == "error: checkpoint: the full-precision output of block 1 is not finite"
+    assert not (tmp_path / "run" / "model" / "config.json").exists()
