@@ -4,8 +4,8 @@
 
 Every block passes, in units of one forward pass over the text: full-precision pass 1, epochs of 3 (forward and
 backward), the fused block's outputs and the start's loss, 1 each. In a wavefront the last epoch waits for what the
-fused predecessor gives; a sample of the text comes before the outputs, and the start's loss behind them. The walk is
-played through event by event.
+fused predecessor gives; the start's loss on a sample comes before the outputs leave, that on all of the text behind.
+The walk is played through event by event.
 """
 
 import argparse
@@ -37,7 +37,13 @@ class Played:
 
 
 def play(
-    blocks: int, stages: int, forward: float, stream_bytes: float, bandwidth: float, independent: bool = False
+    blocks: int,
+    stages: int,
+    forward: float,
+    stream_bytes: float,
+    bandwidth: float,
+    independent: bool = False,
+    undivided: float = 0.0,
 ) -> Played:
     """Play a walk through.
 
@@ -48,23 +54,24 @@ def play(
         stream_bytes: Size of one member's part of a stream.
         bandwidth: Bytes per second from stage to stage; messages are sent beside the computation.
         independent: Whether blocks learn on full-precision inputs, so that nothing but those is waited for and sent.
+        undivided: Seconds of a block's first epochs beside that.
     """
     chained = stages > 1 and not independent  # whose last epoch waits for the predecessor
     travel = stream_bytes / bandwidth if stages > 1 else 0.0
-    sample = 2 * SAMPLE * PASS if chained else 0.0
+    sample = SAMPLE * PASS if chained else 0.0
     free = [0.0] * stages
     target = given = float("-inf")  # when the predecessor's full-precision and fused outputs are there
     for block in range(blocks):
         now = max(free[block % stages], target) + PASS * forward
         target = now + travel
-        now += (EPOCHS - 1) * EPOCH * forward
+        now += (EPOCHS - 1) * EPOCH * forward + undivided
         if chained:
             now = max(now, given)
         now += (EPOCH + sample + PASS) * forward
         given = now + travel
         free[block % stages] = now + PASS * forward
     seconds = max(free)
-    busy = blocks * (PASS + EPOCHS * EPOCH + sample + 2 * PASS) * forward / (seconds * stages)
+    busy = blocks * ((PASS + EPOCHS * EPOCH + sample + 2 * PASS) * forward + undivided) / (seconds * stages)
     messages = (blocks - 1) * (1 + chained) if stages > 1 else 0
     return Played(seconds, busy, messages * stream_bytes / stages)
 
@@ -75,11 +82,15 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="70b")
     parser.add_argument("--forward_seconds", type=float, required=True, help="of one block over the text, on one GPU")
     parser.add_argument("--gigabytes_per_second", type=float, default=200.0, help="from GPU to GPU")
+    parser.add_argument(
+        "--undivided_seconds", type=float, default=0.0, help="of a block on one GPU that members do not divide"
+    )
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 8, 64, 512])
     given = parser.parse_args()
     blocks, hidden = SHAPES[given.shape]
     stream = SEQUENCES * LENGTH * hidden * 2  # bfloat16
     one = play(blocks, 1, given.forward_seconds, stream, 1.0).seconds
+    units = PASS + EPOCHS * EPOCH + 2 * PASS
     table = Table(
         "GPUs", "mode", "stages × members", "minutes", "speed-up", "of the ideal", "busy", "sent by each (GB)",
         "streams of each (GB)",
@@ -90,9 +101,11 @@ def main() -> None:
             members = 1 if mode == "independent" else gpus // stages
             if members > 8:  # a batch of 8 has no more parts
                 continue
+            undivided = given.undivided_seconds * (members > 1)
+            divided = given.forward_seconds - undivided / units
             played = play(
-                blocks, stages, given.forward_seconds / members, stream / members, 1e9 * given.gigabytes_per_second,
-                mode == "independent",
+                blocks, stages, divided / members, stream / members, 1e9 * given.gigabytes_per_second,
+                mode == "independent", undivided,
             )  # fmt: skip
             copies = 4 if mode == "wavefront" else 3  # inputs, target, outputs; in a wavefront, those on their way
             table.add_row(

@@ -48,9 +48,9 @@ def fit_parser() -> LightningArgumentParser:
     parser.add_argument(
         "--compile",
         type=Compile,
-        default="never",
-        help="Compile the blocks on a GPU, which takes a minute: never; always; auto: if the model is so large that it "
-        "pays.",
+        default="auto",
+        help="Compile the blocks on a GPU, which takes half a minute: auto: if the model is so large that it pays, and "
+        "no deterministic algorithms are asked for; always; never.",
     )
     parser.add_argument(
         "--memory",

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from bisup_lightning.calibrate.block_calibration import BlockCalibration
 from bisup_lightning.calibrate.driver import BlockResult, BlockWalk
 from bisup_lightning.calibrate.events import WalkCallback
 
@@ -39,14 +40,16 @@ class WalkProgress(WalkCallback):
             self.first, self.started = index, time.perf_counter()
         self._show(f"block {index + 1}/{self.num_blocks}")
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show the epoch's mean loss; reading it once an epoch keeps the device from waiting."""
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show the epoch, and the mean loss of the last one whose loss is known."""
+        assert isinstance(pl_module, BlockCalibration)
         self.trained = True
-        loss = trainer.callback_metrics["loss"].item()
+        change, start = "", self.walk.loss_initial
+        if pl_module.known_loss is not None:  # from here on, so is the start's, but in a wavefront
+            change = f" · loss {pl_module.known_loss:.3e}"
+            change += f", at the start {start:.3e}" if math.isfinite(start) else ""
         epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
-        start = float(self.walk.loss_initial)  # in a wavefront not known yet
-        change = f"loss {loss:.3e}" + (f", at the start {start:.3e}" if math.isfinite(start) else "")
-        self._show(f"block {self.index + 1}/{self.num_blocks} · {epoch} · {change}")
+        self._show(f"block {self.index + 1}/{self.num_blocks} · {epoch}{change}")
 
     def on_block_end(self, walk: BlockWalk, result: BlockResult) -> None:
         """Leave the block's line."""

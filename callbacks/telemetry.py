@@ -1,12 +1,12 @@
 """How fast a block learns, at which rate, in how much memory."""
 
-import time
-
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
+from bisup_lightning.calibrate.block_calibration import BlockCalibration
 from bisup_lightning.calibrate.driver import BlockWalk
 from bisup_lightning.calibrate.events import WalkCallback
+from bisup_lightning.calibrate.stopwatch import Stopwatch
 from bisup_lightning.model.block import is_clip
 
 
@@ -20,7 +20,7 @@ class Telemetry(WalkCallback):
     def on_block_start(self, walk: BlockWalk, index: int) -> None:
         """Note how many tokens an epoch sees, and where."""
         self.tokens, self.device = walk.inputs.num_tokens, walk.model.device
-        self.started: float | None = None
+        self.clock: Stopwatch | None = None
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
@@ -30,18 +30,19 @@ class Telemetry(WalkCallback):
             for group in trainer.optimizers[0].param_groups
             for parameter in group["params"]
         }
-        self.started = time.perf_counter()
+        self.clock = Stopwatch(self.device)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log; the device is waited for once an epoch, never within it."""
-        if self.started is None:  # a resumed run ends this epoch, but did not begin it
+        """Log; the device is not waited for."""
+        assert isinstance(pl_module, BlockCalibration)
+        if self.clock is None:  # a resumed run ends this epoch, but did not begin it
             return
-        figures = {f"learning_rate/{kind}": float(rate) for kind, rate in self.rates.items()}
+        clock, tokens = self.clock, self.tokens
+        clock.lap("epoch")
+        pl_module.log_epoch({f"learning_rate/{kind}": float(rate) for kind, rate in self.rates.items()})
+        pl_module.log_epoch({"tokens_per_second": lambda: tokens / clock.laps["epoch"]})
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            figures["device_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
-        figures["tokens_per_second"] = self.tokens / (time.perf_counter() - self.started)
-        pl_module.log_dict(figures)
+            pl_module.log_epoch({"device_memory_gib": torch.cuda.max_memory_allocated(self.device) / 2**30})
 
 
 def _kind(name: str) -> str:

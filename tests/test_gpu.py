@@ -197,7 +197,7 @@ def test_a_run_that_was_cut_off_ends_in_the_same_bytes(make_checkpoint, fit_argu
 
 
 def test_a_step_that_does_not_fit_is_taken_in_parts(fit, tmp_path, caplog):
-    """Half of the memory that the run takes by itself: the same result, and it says so."""
+    """With half of the memory that the run takes by itself: the same result, and it says so."""
     more = (BISUP, "--solver.epochs=2", "--trainer.accelerator=gpu", "--data.num_samples=128",
             "--data.batch_size=128", "--data.seq_len=256", "--evaluation.batch_size=1")  # fmt: skip
     torch.cuda.empty_cache()
@@ -205,7 +205,7 @@ def test_a_step_that_does_not_fit_is_taken_in_parts(fit, tmp_path, caplog):
     roomy = read_results(fit(DEMO, tmp_path / "roomy", *more))["blocks"]
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(CUDA).total_memory
-    torch.cuda.set_per_process_memory_fraction(0.5 * torch.cuda.max_memory_reserved() / total)
+    torch.cuda.set_per_process_memory_fraction(0.5 * torch.cuda.max_memory_allocated() / total)
     try:
         tight = read_results(fit(DEMO, tmp_path / "tight", *more))["blocks"]
     finally:

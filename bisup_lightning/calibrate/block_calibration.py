@@ -1,7 +1,8 @@
 """Calibration of one block as a LightningModule: its parameters are Θ (paper §4.4, Algorithm A1, lines 7-14)."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bisup_lightning.calibrate.recorded_step import RecordedStep
+from bisup_lightning.calibrate.stopwatch import Stopwatch
 from bisup_lightning.data.share import WHOLE, Share
 from bisup_lightning.model.block import is_clip, learn_by_codes, theta_parameters
 from bisup_lightning.model.blockwise import Positions, run_layer, run_layer_in_halves
@@ -20,6 +22,8 @@ from bisup_lightning.model.linear import QuantLinear
 from bisup_lightning.quant.compiled import compiled_on_gpu
 
 MIN_CLIP = 1e-2  # a clip value is positive: it scales Δ
+
+Figure = Tensor | float | Callable[[], float]
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,23 @@ def frugal_block_loss(layer: nn.Module, x_BTD: Tensor, target_BTD: Tensor, posit
     return F.mse_loss(run_layer_in_halves(layer, x_BTD, positions, kv).float(), target_BTD.float())
 
 
+@dataclass
+class Epoch:
+    """What is known of an epoch when the host is done with it, and may still be computed by the device.
+
+    Args:
+        number: From 0.
+        step: The last optimizer step, from 0.
+        figures: Of the epoch, by name.
+        clock: Past its last mark when the device is done with it, too.
+    """
+
+    number: int
+    step: int
+    clock: Stopwatch
+    figures: dict[str, Figure] = field(default_factory=dict)
+
+
 class BlockCalibration(LightningModule):
     """Moves a quantized block's output on x_q towards the full-precision block's output on x_fp (eq. 8).
 
@@ -101,6 +122,9 @@ class BlockCalibration(LightningModule):
         learn_by_codes(layer, on=not frugal)  # which need more memory
         self.theta = list(theta_parameters(layer).values())
         self.clips: list[Tensor] = [parameter for name, parameter in theta_parameters(layer).items() if is_clip(name)]
+        self.ended: list[Epoch] = []  # which the loggers have not heard of
+        self.epoch_figures: dict[str, Figure] = {}
+        self.known_loss: float | None = None  # mean of the last epoch that the device is known to be done with
         self.losses: tuple[Tensor | float, int] = (0.0, 0)  # their sum over the epoch so far, and of how many sequences
         self.recording = not frugal  # on a GPU; what is recorded keeps its memory
         self.recorded: RecordedStep | None = None
@@ -164,18 +188,40 @@ class BlockCalibration(LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log the epoch's mean loss behind its last batch; every `log` takes the host as long as a small step."""
-        if self.trainer.is_last_batch:
+        if self.trainer.is_last_batch or self.global_step == self.trainer.max_steps:
             total, count = self.losses
-            self.log("loss", total / count, on_step=False, on_epoch=True, batch_size=1)
+            self.log_epoch({"loss": total / count})
+            self.log("loss", total / count, on_step=False, on_epoch=True, batch_size=1, logger=False)
             self.losses = 0.0, 0
 
+    def log_epoch(self, figures: Mapping[str, Figure]) -> None:
+        """Give the loggers figures of this epoch, when they can be had without keeping host and device waiting.
+
+        Args:
+            figures: Numbers, tensors of one element on the device, or what gives a number behind the epoch.
+        """
+        self.epoch_figures |= figures
+
     def on_train_epoch_end(self) -> None:
-        """Go no further once the loss is not finite. Read once an epoch, as reading makes the device wait."""
-        if not math.isfinite(self.trainer.callback_metrics["loss"].item()):
+        """Go no further once the loss is not finite: that of an epoch before, where the device is not yet so far."""
+        ended = Epoch(self.current_epoch, self.global_step - 1, Stopwatch(self.device), self.epoch_figures)
+        self.ended, self.epoch_figures = [*self.ended, ended], {}
+        self._tell_loggers()
+        if self.known_loss is not None and not math.isfinite(self.known_loss):
             self.trainer.should_stop = True
 
+    def _tell_loggers(self, wait: bool = False) -> None:
+        while self.ended and (wait or self.ended[0].clock.is_past):
+            epoch = self.ended.pop(0)
+            figures = {name: float(x() if callable(x) else x) for name, x in epoch.figures.items()}
+            self.known_loss = figures["loss"]
+            for logger in self.loggers:
+                logger.log_metrics({**figures, "epoch": epoch.number}, epoch.step)
+                logger.save()
+
     def on_train_end(self) -> None:
-        """Let go of what the recorded step holds."""
+        """Tell the loggers everything, and let go of what the recorded step holds."""
+        self._tell_loggers(wait=True)
         if self.recorded is not None:
             self.recorded = None
             torch.cuda.empty_cache()
@@ -186,6 +232,7 @@ class BlockCalibration(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the epoch's losses, and the random generators: nothing here draws, but a user's callback may."""
+        self._tell_loggers(wait=True)
         checkpoint["losses"] = self.losses
         checkpoint["rng"] = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":

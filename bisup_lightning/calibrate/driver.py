@@ -1,8 +1,6 @@
 """The walk over the blocks: Algorithm A1 of the paper, one block in memory at a time."""
 
-import itertools
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,6 +17,7 @@ from bisup_lightning.calibrate.run_reader import Partial, Progress
 from bisup_lightning.calibrate.run_store import RunStore
 from bisup_lightning.calibrate.signals import Signals
 from bisup_lightning.calibrate.solvers import Block, Solver
+from bisup_lightning.calibrate.stopwatch import Stopwatch
 from bisup_lightning.calibrate.wavefront import Relay
 from bisup_lightning.data.layer_inputs import LayerInputs, Run
 from bisup_lightning.data.share import WHOLE, Share
@@ -85,39 +84,6 @@ class BlockResult:
             "stages": self.stages,
             "seconds": self.seconds,
             "phases": dict(self.phases),
-        }
-
-
-class Stopwatch:
-    """Seconds between one lap and the next, by the device's own clock: the host may be ahead of it.
-
-    Args:
-        device: Where the work is done.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
-        self._marks: list[tuple[str, Any]] = [("", self._now())]
-
-    def _now(self) -> Any:
-        if not self._on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def lap(self, name: str) -> None:
-        """End a part of the work."""
-        self._marks.append((name, self._now()))
-
-    @property
-    def laps(self) -> dict[str, float]:
-        """Seconds of each part; waits for the last."""
-        if self._on_gpu:
-            self._marks[-1][1].synchronize()
-        return {
-            name: last.elapsed_time(now) / 1000 if self._on_gpu else now - last
-            for (_, last), (name, now) in itertools.pairwise(self._marks)
         }
 
 

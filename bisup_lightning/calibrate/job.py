@@ -30,7 +30,7 @@ from bisup_lightning.quant.spec import Precision, Scheme
 from bisup_lightning.transform.transform import Transform
 
 Compile = Literal["auto", "always", "never"]
-WORTH_COMPILING = 5e14  # operations of one forward pass over the text: what a model of 1 B has on 128 × 2048 tokens
+WORTH_COMPILING = 2e15  # operations of one forward pass over the text: what a model of 4 B has on 128 × 2048 tokens
 MEANING_OF_THETA = ("seed", "precision.", "transform.", "solver.init_args.theta.", "data.", "prompt.", "checkpoint/")
 TOKENIZER_FILES = ("tokenizer*", "vocab.*", "merges.txt", "chat_template.*", "special_tokens_map.json")
 
@@ -79,7 +79,7 @@ class Job:
     settings: Mapping[str, Any]
     config_yaml: str
     resume: Resume = "auto"
-    compile: Compile = "never"
+    compile: Compile = "auto"
     memory: Memory = "auto"
     streams: Streams = "auto"
     signals: Signals = field(default_factory=Signals)
@@ -155,9 +155,14 @@ def check_tokens(job: Job, fp: BlockwiseModel) -> None:
 
 
 def compiles(job: Job, plain: BlockwiseModel) -> bool:
-    """Whether the walk runs compiled blocks: asked for, or so long that it makes up for a minute of compilation."""
+    """Whether the walk runs compiled blocks: asked for, or so long that it makes up for the time that compiling takes.
+
+    Not by itself with deterministic algorithms: a compiled run that is interrupted ends in other last bits.
+    """
     if job.compile != "auto":
         return job.compile == "always"
+    if torch.are_deterministic_algorithms_enabled():
+        return False
     weights = plain.num_layers * sum(shape.numel() for shape in plain.family.layer_shapes(0).values())
     return 2 * weights * job.data.num_samples * job.data.seq_len >= WORTH_COMPILING
 

@@ -1,4 +1,7 @@
-"""Clip values by grid search: the baselines' weight clips and the start of the learned ones (paper §5.1)."""
+"""Clip values by grid search: the baselines' weight clips and the start of the learned ones (paper §5.1).
+
+Shape suffixes: O output rows, I input features, G groups of g, C candidates.
+"""
 
 import torch
 from torch import Tensor
@@ -25,17 +28,13 @@ def search_weight_clip(w_OI: Tensor, spec: QuantSpec, scale_dtype: torch.dtype |
     w_OGg = wide(to_groups(w_OI, spec))
     scale, offset = scale_and_offset(w_OGg, spec)
     shifted = w_OGg if offset is None else w_OGg - offset
-    shared = {"row": (), "group": (0,), "tensor": (0, 1)}[spec.granularity]
-    best_clip = torch.ones(spec.clip_shape(*w_OI.shape), dtype=scale.dtype, device=w_OI.device)
-    best_error = torch.full_like(best_clip, torch.inf)
-    for clip in CLIP_GRID:
-        error_OG = rounding_error(shifted, storable(scale * clip, scale_dtype), spec.qmin, spec.qmax)
-        if shared:
-            error_OG = error_OG.sum(shared, keepdim=True)
-        better = error_OG < best_error
-        best_error = torch.where(better, error_OG, best_error)
-        best_clip = torch.where(better, clip, best_clip)
-    return best_clip.float()
+    shared = {"row": (), "group": (1,), "tensor": (1, 2)}[spec.granularity]
+    clips_C = torch.tensor(CLIP_GRID, dtype=scale.dtype).to(w_OI.device, non_blocking=True)
+    scales_COG1 = storable(scale * clips_C.view(-1, 1, 1, 1), scale_dtype)
+    error_COG = torch.stack([rounding_error(shifted, scale_OG1, spec.qmin, spec.qmax) for scale_OG1 in scales_COG1])
+    if shared:
+        error_COG = error_COG.sum(shared, keepdim=True)
+    return clips_C[error_COG.argmin(0)].float()  # the mildest of those that are equally good
 
 
 @compiled_on_gpu(dynamic=True)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from benchmarks.wavefront import play
 
 BLOCK = 1 + 5 * 3 + 2  # forward passes: full precision, five epochs, outputs and the start's loss
-LINK = 3 + 2 / 8 + 1  # between one block's final outputs and the next one's: an epoch, a sample, the outputs
+LINK = 3 + 1 / 8 + 1  # between one block's final outputs and the next one's: an epoch, a sample, the outputs
 
 
 def test_one_stage_computes_one_block_after_another():
@@ -15,6 +15,10 @@ def test_one_stage_computes_one_block_after_another():
     assert played.seconds == pytest.approx(8 * BLOCK * 2.0)
     assert played.busy == pytest.approx(1.0)
     assert played.bytes_sent == 0
+
+
+def test_what_members_do_not_divide_comes_to_each_block():
+    assert play(8, 1, 2.0 / 4, 1e9, 1e9, undivided=3.0).seconds == pytest.approx(8 * (BLOCK * 2.0 / 4 + 3.0))
 
 
 @given(blocks=st.integers(1, 60), stages=st.integers(2, 6), travel=st.floats(0, 2))
@@ -31,7 +35,7 @@ def test_a_wavefront_is_held_up_by_its_stages_or_by_its_chain_and_by_nothing_els
 
 
 @pytest.mark.parametrize(
-    ("stages", "period"), [(2, (BLOCK + 2 / 8) / 2), (4, (BLOCK + 2 / 8) / 4), (5, LINK), (8, LINK)]
+    ("stages", "period"), [(2, (BLOCK + 1 / 8) / 2), (4, (BLOCK + 1 / 8) / 4), (5, LINK), (8, LINK)]
 )
 def test_in_the_long_run_a_block_takes_its_part_of_the_stages_or_a_link_of_the_chain(stages, period):
     assert play(4000, stages, 1.0, 0.0, 1.0).seconds / 4000 == pytest.approx(period, rel=0.01)

@@ -9,6 +9,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from bisup_lightning.calibrate.events import WalkCallback
+from bisup_lightning.calibrate.stopwatch import Stopwatch
 from bisup_lightning.model.block import theta_by_kind
 from tests.tools import BISUP, RTN, with_callback
 
@@ -63,6 +64,18 @@ def test_epochs_in_csv(logged):
             expected = [flat.min().item(), flat.mean().item(), flat.max().item()]
             assert logged_values == pytest.approx(expected, rel=1e-5, abs=1e-7)
     assert epochs[1]["theta/low_rank/max"] > 0
+
+
+def test_epochs_that_the_device_is_late_with_are_logged_at_the_end(checkpoint, fit, tmp_path, monkeypatch):
+    more = (BISUP, f"--solver.epochs={EPOCHS}", "--trainer.logger=true")
+    runs = [fit(checkpoint, tmp_path / "prompt", *more)]
+    monkeypatch.setattr(Stopwatch, "is_past", property(lambda watch: False))
+    runs.append(fit(checkpoint, tmp_path / "late", *more))
+    for index in range(2):
+        prompt, late = (rows(run / "logs" / f"{index:05d}" / "metrics.csv") for run in runs)
+        assert [row.keys() for row in late] == [row.keys() for row in prompt]
+        for name in ("epoch", "step", "loss", "learning_rate/clip"):
+            assert [row[name] for row in late] == [row[name] for row in prompt]
 
 
 def test_blocks_in_csv_are_those_of_the_results(logged):

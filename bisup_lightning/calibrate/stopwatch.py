@@ -1,0 +1,45 @@
+"""Time as the device sees it."""
+
+import itertools
+import time
+from typing import Any
+
+import torch
+
+
+class Stopwatch:
+    """Seconds between one lap and the next, by the device's own clock: the host may be ahead of it.
+
+    Args:
+        device: Where the work is done.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._marks: list[tuple[str, Any]] = [("", self._now())]
+
+    def _now(self) -> Any:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def lap(self, name: str) -> None:
+        """End a part of the work."""
+        self._marks.append((name, self._now()))
+
+    @property
+    def is_past(self) -> bool:
+        """Whether the device has come to the last mark."""
+        return not self._on_gpu or self._marks[-1][1].query()
+
+    @property
+    def laps(self) -> dict[str, float]:
+        """Seconds of each part; waits for the last."""
+        if self._on_gpu:
+            self._marks[-1][1].synchronize()
+        return {
+            name: last.elapsed_time(now) / 1000 if self._on_gpu else now - last
+            for (_, last), (name, now) in itertools.pairwise(self._marks)
+        }
