@@ -8,6 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
+from torch import Tensor
 
 from bisup_lightning.calibrate.block_calibration import BlockCalibration
 from bisup_lightning.calibrate.driver import BlockResult, BlockWalk
@@ -36,6 +37,7 @@ class WalkProgress(WalkCallback):
     def on_block_start(self, walk: BlockWalk, index: int) -> None:
         """Name the block."""
         self.index, self.trained = index, False
+        self.start: Tensor | float = math.nan  # in a wavefront it is not known before the block is trained
         if self.first is None:
             self.first, self.started = index, time.perf_counter()
         self._show(f"block {index + 1}/{self.num_blocks}")
@@ -43,11 +45,12 @@ class WalkProgress(WalkCallback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the epoch, and the mean loss of the last one whose loss is known."""
         assert isinstance(pl_module, BlockCalibration)
-        self.trained = True
-        change, start = "", self.walk.loss_initial
-        if pl_module.known_loss is not None:  # from here on, so is the start's, but in a wavefront
+        if not self.trained and isinstance(start := self.walk.loss_initial, Tensor):
+            self.start = start.to("cpu", non_blocking=True)
+        self.trained, change = True, ""
+        if pl_module.known_loss is not None:  # then so is the start's, which the device computed before
             change = f" · loss {pl_module.known_loss:.3e}"
-            change += f", at the start {start:.3e}" if math.isfinite(start) else ""
+            change += f", at the start {self.start:.3e}" if math.isfinite(self.start) else ""
         epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
         self._show(f"block {self.index + 1}/{self.num_blocks} · {epoch}{change}")
 

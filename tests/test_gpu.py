@@ -145,24 +145,19 @@ def test_a_recorded_step_gives_the_same_bits_as_one_that_is_not(step):
     torch.compiler.reset()
     theta, layer, x, target, *rest = step_of_the_bundled_model(torch.bfloat16, 128, by_codes=True)
 
-    def loss(x, target):
-        return step(layer, x, target, *rest)
+    def found(x, target):
+        value = step(layer, x, target, *rest)
+        return value.detach(), torch.autograd.grad(value, list(theta.values()))
 
-    loss(x, target).backward()
-    recorded = RecordedStep(loss, list(theta.values()), x, target)
+    _, before = found(x, target)
+    recorded = RecordedStep(found, x, target)
     assert recorded.takes(x)
     assert not recorded.takes(x[:2])
-    before = {name: parameter.grad for name, parameter in theta.items()}
     for change in range(3):
-        found = []
-        for compute in (loss, recorded):
-            for parameter in theta.values():
-                parameter.grad = None
-            value = compute(x, target)
-            value.backward()
-            found.append([value.detach(), *(parameter.grad for parameter in theta.values())])
-        assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
-        same = [torch.equal(parameter.grad, before[name]) for name, parameter in theta.items()]
+        (value, gradients), (replayed, others) = found(x, target), recorded(x, target)
+        assert torch.equal(value, replayed)
+        assert all(torch.equal(one, other) for one, other in zip(gradients, others, strict=True))
+        same = [torch.equal(one, first) for one, first in zip(gradients, before, strict=True)]
         assert all(same) if change == 0 else not any(same)
         x, target = x.flip(0), target.flip(1)
         with torch.no_grad():

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from bisup_lightning.calibrate.recorded_step import RecordedStep
+from bisup_lightning.calibrate.recorded_step import Gradients, RecordedStep, with_gradients
 from bisup_lightning.calibrate.stopwatch import Stopwatch
 from bisup_lightning.data.share import WHOLE, Share
 from bisup_lightning.model.block import is_clip, learn_by_codes, theta_parameters
@@ -75,7 +75,7 @@ class Epoch:
         number: From 0.
         step: The last optimizer step, from 0.
         figures: Of the epoch, by name.
-        clock: Past its last mark when the device is done with it, too.
+        clock: Comes to an end when the device is done with it, too.
     """
 
     number: int
@@ -145,25 +145,38 @@ class BlockCalibration(LightningModule):
         self._record(*parts[0])
         loss, total = x_BTD.new_zeros(()), x_BTD.new_zeros((), dtype=torch.float32)
         for place, (x_bTD, target_bTD) in enumerate(parts):
-            step = self.recorded if self.recorded is not None and self.recorded.takes(x_bTD) else self._loss
-            loss = step(x_bTD, target_bTD) * (len(x_bTD) / (len(x_BTD) * self.share.members))
+            step = self.recorded if self.recorded is not None and self.recorded.takes(x_bTD) else self._step
+            loss = with_gradients(*step(x_bTD, target_bTD), self.theta)
+            loss = loss * (len(x_bTD) / (len(x_BTD) * self.share.members))
             total = total + loss.detach()
             if place < len(parts) - 1:
                 loss.backward()
         self.batch_loss, self.batch_length = total, len(x_BTD)
         return loss
 
-    def _loss(self, x_bTD: Tensor, target_bTD: Tensor) -> Tensor:
-        return self.loss(self.layer, x_bTD, target_bTD, self.positions, self.kv)
+    def _step(self, x_bTD: Tensor, target_bTD: Tensor) -> tuple[Tensor, Gradients]:
+        """The loss of a micro-batch and its gradients; nothing of autograd stays, which would tie up a recording."""
+        loss = self.loss(self.layer, x_bTD, target_bTD, self.positions, self.kv)
+        return loss.detach(), torch.autograd.grad(loss, self.theta, allow_unused=True)
 
     def _record(self, x_bTD: Tensor, target_bTD: Tensor) -> None:
         """On a GPU, record the second step, whose kernels the first one has compiled; the others replay it."""
-        if x_bTD.is_cuda and self.recording and self.recorded is None and self.seen == x_bTD.shape:
+        wanted = self.recording and self.recorded is None and not torch.is_anomaly_enabled()  # which reads numbers
+        if x_bTD.is_cuda and wanted and self.seen == x_bTD.shape:
             try:
-                self.recorded = RecordedStep(self._loss, self.theta, x_bTD, target_bTD)
-            except torch.OutOfMemoryError:
+                self.recorded = RecordedStep(self._step, x_bTD, target_bTD)
+            except RuntimeError as error:
+                if "out of memory" not in str(error):
+                    raise
                 self.recording = False  # a step by itself had enough, as one has run
+                torch.cuda.empty_cache()
         self.seen = x_bTD.shape
+
+    def forget(self) -> None:
+        """Let go of what the recorded step holds."""
+        if self.recorded is not None:
+            self.recorded = None
+            torch.cuda.empty_cache()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Add up gradients and loss over the processes, and losses over the epoch."""
@@ -188,43 +201,56 @@ class BlockCalibration(LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log the epoch's mean loss behind its last batch; every `log` takes the host as long as a small step."""
-        if self.trainer.is_last_batch or self.global_step == self.trainer.max_steps:
-            total, count = self.losses
+        if self.trainer.is_last_batch:
+            self._log_loss()
+        if self.global_step == self.steps:  # callbacks may want the memory
+            self.forget()
+
+    def _log_loss(self) -> None:
+        total, count = self.losses
+        if count:
             self.log_epoch({"loss": total / count})
             self.log("loss", total / count, on_step=False, on_epoch=True, batch_size=1, logger=False)
             self.losses = 0.0, 0
 
     def log_epoch(self, figures: Mapping[str, Figure]) -> None:
-        """Give the loggers figures of this epoch, when they can be had without keeping host and device waiting.
+        """Give the loggers figures of this epoch: on a GPU an epoch late, or host and device would wait for each other.
 
         Args:
             figures: Numbers, tensors of one element on the device, or what gives a number behind the epoch.
         """
-        self.epoch_figures |= figures
+        self.epoch_figures |= {
+            name: x.to("cpu", non_blocking=True) if isinstance(x, Tensor) else x for name, x in figures.items()
+        }
 
     def on_train_epoch_end(self) -> None:
-        """Go no further once the loss is not finite: that of an epoch before, where the device is not yet so far."""
+        """Go no further once the loss is not finite: on a GPU that of the epoch before, which all processes know."""
+        self._log_loss()  # where a callback ended the training within an epoch
         ended = Epoch(self.current_epoch, self.global_step - 1, Stopwatch(self.device), self.epoch_figures)
         self.ended, self.epoch_figures = [*self.ended, ended], {}
-        self._tell_loggers()
+        self._tell_loggers(behind=self.epochs_behind)
         if self.known_loss is not None and not math.isfinite(self.known_loss):
             self.trainer.should_stop = True
 
-    def _tell_loggers(self, wait: bool = False) -> None:
-        while self.ended and (wait or self.ended[0].clock.is_past):
+    @property
+    def epochs_behind(self) -> int:
+        """By how many epochs the loggers are late."""
+        return 1 if self.device.type == "cuda" else 0
+
+    def _tell_loggers(self, behind: int = 0) -> None:
+        while len(self.ended) > behind:
             epoch = self.ended.pop(0)
+            epoch.clock.wait()
             figures = {name: float(x() if callable(x) else x) for name, x in epoch.figures.items()}
-            self.known_loss = figures["loss"]
+            self.known_loss = figures.get("loss")
             for logger in self.loggers:
                 logger.log_metrics({**figures, "epoch": epoch.number}, epoch.step)
                 logger.save()
 
     def on_train_end(self) -> None:
         """Tell the loggers everything, and let go of what the recorded step holds."""
-        self._tell_loggers(wait=True)
-        if self.recorded is not None:
-            self.recorded = None
-            torch.cuda.empty_cache()
+        self._tell_loggers()
+        self.forget()
 
     def cpu(self) -> "BlockCalibration":
         """Stay: a Trainer that is done would move the block to the host, and the walk wants it where it is."""
@@ -232,7 +258,7 @@ class BlockCalibration(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the epoch's losses, and the random generators: nothing here draws, but a user's callback may."""
-        self._tell_loggers(wait=True)
+        self._tell_loggers()
         checkpoint["losses"] = self.losses
         checkpoint["rng"] = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":

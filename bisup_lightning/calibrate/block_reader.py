@@ -5,6 +5,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from bisup_lightning.data.streams import side_stream
 from bisup_lightning.model.blockwise import BlockwiseModel
 
 
@@ -19,7 +20,7 @@ class BlockReader:
         self.model = model
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="block-reader")
         self._ahead: dict[int, Future[dict[str, Tensor]]] = {}
-        self._stream = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
+        self._stream = side_stream("reading", model.device) if model.device.type == "cuda" else None
 
     def read(self, index: int) -> dict[str, Tensor]:
         """The tensors of block `index` on the device.

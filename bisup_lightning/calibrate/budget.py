@@ -1,5 +1,6 @@
 """What a walk needs at the least of device, host and disk, from shapes alone, and whether that is there."""
 
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,13 +27,16 @@ class Budget:
 
     Args:
         place: Where the streams live.
-        stream: One stream of hidden states [N, T, D]. A step has three: x_fp, x_q and what becomes of x_q.
+        stream: What a process holds of one stream of hidden states [N, T, D].
         block: A full-precision block as blocks compute with it.
         sequence: The widest input of a block's linears for one sequence.
         packed: A fused block on disk.
         shared: The artifact's tensors outside of the blocks.
         num_layers: Number of blocks.
         on_gpu: Whether blocks compute on a GPU, or on the host.
+        copies: Streams of a step: x_fp, x_q and what becomes of x_q; a fourth where it learns on full-precision inputs
+            first, while x_fp is the target.
+        processes: How many of them share this host.
     """
 
     place: Place
@@ -43,6 +47,8 @@ class Budget:
     shared: int
     num_layers: int
     on_gpu: bool
+    copies: int = 3
+    processes: int = 1
 
     @classmethod
     def of(cls, job: Job, model: BlockwiseModel, scheme: Scheme) -> "Budget":
@@ -56,7 +62,7 @@ class Budget:
         assert model.storage_dtype is not None
         family, data, item = model.family, job.data, compute_dtype(job, model).itemsize
         shapes = family.layer_shapes(0)
-        stream = data.num_samples * data.seq_len * family.hidden_size * item
+        stream = data.num_samples * data.seq_len * family.hidden_size * item // job.arrangement()[1]
         wanted = "host" if job.streams == "auto" and job.memory == "low" else job.streams
         widest = max(shapes[f"{entry.linears[0]}.weight"][1] for entry in LINEAR_INPUTS)
         tables = 1 + (model.checkpoint.head_name(family.config.tie_word_embeddings) != EMBEDDING)
@@ -70,12 +76,14 @@ class Budget:
             shared=tables * family.vocab_size * family.hidden_size * model.storage_dtype.itemsize,
             num_layers=family.num_layers,
             on_gpu=job.device.type == "cuda",
+            copies=3 + (job.solver.fp_epochs > 0),
+            processes=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),  # as the launcher and torchrun say
         )
 
     @property
     def streams(self) -> int:
-        """All three copies."""
-        return 3 * self.stream
+        """All copies of one process."""
+        return self.copies * self.stream
 
     @property
     def computing(self) -> int:
@@ -89,13 +97,14 @@ class Budget:
 
     @property
     def host(self) -> int:
-        """On the host."""
-        return self.streams * (self.place == "host") + (self.packed if self.on_gpu else self.computing)
+        """On the host, of all its processes."""
+        own = self.streams * (self.place == "host") + (self.packed if self.on_gpu else self.computing)
+        return self.processes * own
 
     @property
     def disk(self) -> int:
         """In run_dir: blocks, which the model shares, and what it has beside them; streams if they live in files."""
-        return self.num_layers * self.packed + self.shared + self.streams * (self.place == "file")
+        return self.num_layers * self.packed + self.shared + self.processes * self.streams * (self.place == "file")
 
 
 def compute_dtype(job: Job, model: BlockwiseModel) -> torch.dtype:

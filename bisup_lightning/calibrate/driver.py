@@ -270,9 +270,10 @@ class BlockWalk:
         self.loss_initial = math.nan if self.relay.arriving else self.inputs.loss_q(block.run(start))
         clock.lap("start")
         self.reader.read_ahead(index + self.relay.stages)
+        if not self.solver.learns:
+            _check_finite(scale, index)
         layer = hold_dense(self.solver.solve(block) or start, self.model.dtype)
-        if not math.isfinite(scale):  # not before: the host would wait, and then the device
-            raise UserError(f"checkpoint: the full-precision output of block {index} is not finite")
+        _check_finite(scale, index)
         self.inputs.early = None
         clock.lap("solve")
         self.relay.receive_final(self.inputs)
@@ -391,3 +392,8 @@ class BlockWalk:
         for callback in self.callbacks:
             if isinstance(callback, WalkCallback):
                 getattr(callback, event)(self, *arguments)
+
+
+def _check_finite(target: Tensor, index: int) -> None:
+    if not math.isfinite(target):
+        raise UserError(f"checkpoint: the full-precision output of block {index} is not finite")

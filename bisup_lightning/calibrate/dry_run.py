@@ -101,7 +101,7 @@ def dry_run(job: Job) -> Forecast:
         finally:
             walk.reader.close()
     more = (job.data.num_samples - few[0]) / max(few[1] - few[0], 1)  # of what the second batch took
-    rest = budget.stream * 3 * (job.data.num_samples - few[1]) // job.data.num_samples
+    rest = budget.streams * (job.data.num_samples - few[1]) // job.data.num_samples
     device = torch.cuda.max_memory_allocated(job.device) if budget.on_gpu else 0
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return Forecast(

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bisup_lightning.data.share import PeerLost, waiting_for_peers
+from bisup_lightning.data.streams import side_stream
 
 MESSAGE = 64 * 2**20  # bytes of a part
 POLL_SECONDS = 5e-3
@@ -107,7 +108,7 @@ class Link:
         stream = None
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # of this thread
-            stream = torch.cuda.Stream(self.device)
+            stream = side_stream(f"link {self._name}", self.device)
         failure: Exception | None = None
         while (parcel := self._waiting.get()) is not None:
             try:

@@ -101,6 +101,7 @@ class Solver(ABC):
         self.activation_clip = activation_clip
 
     needs_statistics = False  # of at least as many tokens as the widest linear input has channels
+    learns = False  # whether the device is busy with epochs, before which nothing need be read back from it
     epochs = 1  # passes over the text
     fp_epochs = 0  # the first of them, which don't need what the quantized blocks before give
     theta_from: Path | None = None  # the run whose Θ it goes on from
@@ -156,6 +157,8 @@ class BiSup(Solver):
         self.theta, self.optimization, self.epochs, self.fp_epochs = theta, optimization, epochs, fp_epochs or 0
         self.keep_theta, self.theta_from = keep_theta, theta_from
 
+    learns = True
+
     def start(self, block: Block) -> nn.Module:
         """What was learned before, if anything was."""
         if self.theta_from is None:
@@ -200,6 +203,7 @@ class BiSup(Solver):
                 out_of_memory = error.with_traceback(None)  # which would keep the failed step's tensors alive
             else:
                 return layer, theta, trainer.callback_metrics["loss"].item()
+            module.forget()  # the Trainer keeps it until garbage is collected
             del layer, theta, module, batches, trainer
             if block.inputs.share.members > 1:  # the others wait for this one's gradients
                 raise UserError(

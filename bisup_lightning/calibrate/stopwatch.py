@@ -29,16 +29,15 @@ class Stopwatch:
         """End a part of the work."""
         self._marks.append((name, self._now()))
 
-    @property
-    def is_past(self) -> bool:
-        """Whether the device has come to the last mark."""
-        return not self._on_gpu or self._marks[-1][1].query()
+    def wait(self) -> None:
+        """Wait until the device has come to the last mark."""
+        if self._on_gpu:
+            self._marks[-1][1].synchronize()
 
     @property
     def laps(self) -> dict[str, float]:
         """Seconds of each part; waits for the last."""
-        if self._on_gpu:
-            self._marks[-1][1].synchronize()
+        self.wait()
         return {
             name: last.elapsed_time(now) / 1000 if self._on_gpu else now - last
             for (_, last), (name, now) in itertools.pairwise(self._marks)

@@ -7,8 +7,10 @@ import mmap
 import os
 import re
 import tempfile
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +19,7 @@ from torch import Tensor
 
 Streams = Literal["auto", "device", "host", "file"]
 Place = Literal["device", "host", "file"]
+AHEAD = 2  # batches that the host may send before the device has computed with an earlier one
 MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 
@@ -112,6 +115,12 @@ def pick(stream_NTD: Tensor, indices_B: Tensor, device: torch.device) -> Tensor:
     return torch.index_select(stream_NTD, 0, indices_B, out=picked)
 
 
+@cache
+def side_stream(purpose: str, device: torch.device) -> torch.cuda.Stream:
+    """One CUDA stream for each purpose: PyTorch has 32 and gives them out in turn, so that two of many may be one."""
+    return torch.cuda.Stream(device)
+
+
 def moved(batches: Iterable[tuple[Tensor, ...]], device: torch.device) -> Iterator[tuple[Tensor, ...]]:
     """Batches on the device; each is copied to a GPU while it computes on the one before.
 
@@ -119,8 +128,9 @@ def moved(batches: Iterable[tuple[Tensor, ...]], device: torch.device) -> Iterat
         batches: Tensors of each batch, all on the device or all on the host, where pinned ones are copied faster.
         device: Where they shall be.
     """
-    side = torch.cuda.Stream(device) if device.type == "cuda" else None
+    side = side_stream("copies", device) if device.type == "cuda" else None
     ahead: tuple[tuple[Tensor, ...], torch.cuda.Event] | None = None
+    used: deque[torch.cuda.Event] = deque()
     for batch in batches:
         if side is None or batch[0].is_cuda:
             yield tuple(x.to(device) for x in batch)
@@ -130,6 +140,9 @@ def moved(batches: Iterable[tuple[Tensor, ...]], device: torch.device) -> Iterat
         following = sent, side.record_event()
         if ahead is not None:
             yield _received(*ahead)
+            used.append(torch.cuda.current_stream(device).record_event())
+            if len(used) > AHEAD:  # each holds pinned memory and the device's
+                used.popleft().synchronize()
         ahead = following
     if ahead is not None:
         yield _received(*ahead)

@@ -327,11 +327,12 @@ def test_the_seed_alone_changes_what_is_drawn_for_theta(checkpoint, watched_fit)
     assert not torch.equal(starts[0][0], starts[0][1])  # each block draws its own
 
 
+@pytest.mark.parametrize("part", ["up_proj", "down_proj"])
 @pytest.mark.parametrize("solver", [RTN, GPTQ, BISUP])
-def test_a_block_whose_output_is_not_finite_is_named(checkpoint, fit_arguments, tmp_path, capsys, solver):
+def test_a_block_whose_output_is_not_finite_is_named(checkpoint, fit_arguments, tmp_path, capsys, solver, part):
     spoiled = shutil.copytree(checkpoint, tmp_path / "checkpoint")
     tensors = load_file(spoiled / SINGLE)
-    tensors["model.layers.1.mlp.down_proj.weight"][3] = torch.finfo(torch.float32).max  # whose sums overflow
+    tensors[f"model.layers.1.mlp.{part}.weight"][3] = torch.finfo(torch.float32).max  # whose sums overflow
     save_file(tensors, spoiled / SINGLE)
     assert main(fit_arguments(spoiled, tmp_path / "run", solver)) == 2
     error = capsys.readouterr().err.splitlines()

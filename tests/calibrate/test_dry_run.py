@@ -10,8 +10,12 @@ from bisup_lightning import cli
 from bisup_lightning.calibrate import budget, dry_run
 from bisup_lightning.calibrate.budget import Budget, check_room
 from bisup_lightning.calibrate.dry_run import Forecast
-from bisup_lightning.cli import main
+from bisup_lightning.calibrate.measure import open_checkpoint
+from bisup_lightning.calibrate.parallel import Ranks
+from bisup_lightning.calibrate.signals import Signals
+from bisup_lightning.cli import main, make_job
 from bisup_lightning.data import streams
+from bisup_lightning.parsers import fit_parser
 from tests.tools import BISUP, EAGER, GPTQ, QUAROT, RTN, Interrupt, Interrupted, Watch, with_callback
 
 ATOM = "--transform=bisup_lightning.transform.reorder.Atom"
@@ -147,6 +151,27 @@ def test_a_gpu_that_is_too_small(monkeypatch, tmp_path, place, key, remedy):
     assert needs.device == (1050 if place == "device" else 300)
     with pytest.raises(budget.UserError, match=f"{key}.*device memory.*{remedy}"):
         check_room(replace(needs, block=500), budget.torch.device("cuda"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("mode", "world", "copies", "part"), [("none", 1, 3, 1), ("data", 4, 3, 4), ("wavefront", 4, 4, 2)]
+)
+def test_processes_of_a_host_share_its_room(
+    monkeypatch, checkpoint, fit_arguments, tmp_path, forecasts, mode, world, copies, part
+):
+    """Each holds its part of the text: a wavefront of two stages with two members each, half of it."""
+    main(fit_arguments(checkpoint, tmp_path / "run", RTN, "--dry_run"))
+    alone = forecasts[0].budget
+    stages = () if mode == "none" else (f"--parallel.mode={mode}",)
+    parser = fit_parser()
+    arguments = fit_arguments(checkpoint, tmp_path / "run", BISUP, "--solver.epochs=3", *stages)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(world))
+    job = make_job(parser, parser.parse_args(arguments[arguments.index("fit") + 1 :]), Signals(), Ranks(world=world))
+    plain = open_checkpoint(job.checkpoint, job.device)[0]
+    found = Budget.of(job, plain, job.transform.scheme(job.precision))
+    assert found.stream == alone.stream // part
+    assert found.streams == copies * found.stream
+    assert found.host == world * (found.streams + found.computing)
 
 
 def test_sizes_and_times_are_for_people(checkpoint, tmp_path, forecasts, fit_arguments):

@@ -8,8 +8,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from bisup_lightning.calibrate.block_calibration import BlockCalibration
 from bisup_lightning.calibrate.events import WalkCallback
-from bisup_lightning.calibrate.stopwatch import Stopwatch
 from bisup_lightning.model.block import theta_by_kind
 from tests.tools import BISUP, RTN, with_callback
 
@@ -24,6 +24,13 @@ class Look(WalkCallback):
     def on_train_epoch_end(self, trainer, pl_module):
         kinds = theta_by_kind(pl_module.layer)
         Look.seen.append({kind: [value.detach().clone() for value in values] for kind, values in kinds.items()})
+
+
+class Stop(WalkCallback):
+    """Ends each block's training behind its first step, in the middle of an epoch."""
+
+    def on_train_batch_end(self, trainer, pl_module, *batch):
+        trainer.should_stop = True
 
 
 def rows(path):
@@ -66,16 +73,24 @@ def test_epochs_in_csv(logged):
     assert epochs[1]["theta/low_rank/max"] > 0
 
 
-def test_epochs_that_the_device_is_late_with_are_logged_at_the_end(checkpoint, fit, tmp_path, monkeypatch):
+def test_loggers_that_are_an_epoch_behind_hear_everything(checkpoint, fit, tmp_path, monkeypatch):
     more = (BISUP, f"--solver.epochs={EPOCHS}", "--trainer.logger=true")
     runs = [fit(checkpoint, tmp_path / "prompt", *more)]
-    monkeypatch.setattr(Stopwatch, "is_past", property(lambda watch: False))
+    monkeypatch.setattr(BlockCalibration, "epochs_behind", 1)
     runs.append(fit(checkpoint, tmp_path / "late", *more))
     for index in range(2):
         prompt, late = (rows(run / "logs" / f"{index:05d}" / "metrics.csv") for run in runs)
         assert [row.keys() for row in late] == [row.keys() for row in prompt]
         for name in ("epoch", "step", "loss", "learning_rate/clip"):
             assert [row[name] for row in late] == [row[name] for row in prompt]
+
+
+def test_training_that_ends_within_an_epoch_is_logged(checkpoint, fit, tmp_path):
+    run = fit(checkpoint, tmp_path / "run", BISUP, "--solver.epochs=2", "--trainer.logger=true", with_callback(Stop))
+    for index in range(2):
+        (row,) = rows(run / "logs" / f"{index:05d}" / "metrics.csv")
+        assert (row["epoch"], row["step"]) == (0, 0)
+        assert row["loss"] > 0
 
 
 def test_blocks_in_csv_are_those_of_the_results(logged):
