@@ -48,8 +48,8 @@ class WalkProgress(WalkCallback):
         if not self.trained and isinstance(start := self.walk.loss_initial, Tensor):
             self.start = start.to("cpu", non_blocking=True)
         self.trained, change = True, ""
-        if pl_module.known_loss is not None:  # then so is the start's, which the device computed before
-            change = f" · loss {pl_module.known_loss:.3e}"
+        if (loss := pl_module.epoch_log.known_loss) is not None:  # then so is the start's, which came before
+            change = f" · loss {loss:.3e}"
             change += f", at the start {self.start:.3e}" if math.isfinite(self.start) else ""
         epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
         self._show(f"block {self.index + 1}/{self.num_blocks} · {epoch}{change}")

@@ -39,10 +39,10 @@ class Telemetry(WalkCallback):
             return
         clock, tokens = self.clock, self.tokens
         clock.lap("epoch")
-        pl_module.log_epoch({f"learning_rate/{kind}": float(rate) for kind, rate in self.rates.items()})
-        pl_module.log_epoch({"tokens_per_second": lambda: tokens / clock.laps["epoch"]})
+        pl_module.epoch_log.add({f"learning_rate/{kind}": float(rate) for kind, rate in self.rates.items()})
+        pl_module.epoch_log.add({"tokens_per_second": lambda: tokens / clock.laps["epoch"]})
         if self.device.type == "cuda":
-            pl_module.log_epoch({"device_memory_gib": torch.cuda.max_memory_allocated(self.device) / 2**30})
+            pl_module.epoch_log.add({"device_memory_gib": torch.cuda.max_memory_allocated(self.device) / 2**30})
 
 
 def _kind(name: str) -> str:

@@ -22,7 +22,7 @@ class ThetaStatistics(WalkCallback):
             return
         assert isinstance(pl_module, BlockCalibration)
         for kind, tensors in theta_by_kind(pl_module.layer).items():
-            pl_module.log_epoch({f"theta/{kind}/{name}": value for name, value in _summary(tensors).items()})
+            pl_module.epoch_log.add({f"theta/{kind}/{name}": value for name, value in _summary(tensors).items()})
 
 
 def _summary(tensors: list[Tensor]) -> dict[str, Tensor]:

@@ -1,8 +1,7 @@
 """Calibration of one block as a LightningModule: its parameters are Θ (paper §4.4, Algorithm A1, lines 7-14)."""
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -12,8 +11,8 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from bisup_lightning.calibrate.epoch_log import EpochLog
 from bisup_lightning.calibrate.recorded_step import Gradients, RecordedStep, with_gradients
-from bisup_lightning.calibrate.stopwatch import Stopwatch
 from bisup_lightning.data.share import WHOLE, Share
 from bisup_lightning.model.block import is_clip, learn_by_codes, theta_parameters
 from bisup_lightning.model.blockwise import Positions, run_layer, run_layer_in_halves
@@ -22,8 +21,6 @@ from bisup_lightning.model.linear import QuantLinear
 from bisup_lightning.quant.compiled import compiled_on_gpu
 
 MIN_CLIP = 1e-2  # a clip value is positive: it scales Δ
-
-Figure = Tensor | float | Callable[[], float]
 
 
 @dataclass(frozen=True)
@@ -67,23 +64,6 @@ def frugal_block_loss(layer: nn.Module, x_BTD: Tensor, target_BTD: Tensor, posit
     return F.mse_loss(run_layer_in_halves(layer, x_BTD, positions, kv).float(), target_BTD.float())
 
 
-@dataclass
-class Epoch:
-    """What is known of an epoch when the host is done with it, and may still be computed by the device.
-
-    Args:
-        number: From 0.
-        step: The last optimizer step, from 0.
-        figures: Of the epoch, by name.
-        clock: Comes to an end when the device is done with it, too.
-    """
-
-    number: int
-    step: int
-    clock: Stopwatch
-    figures: dict[str, Figure] = field(default_factory=dict)
-
-
 class BlockCalibration(LightningModule):
     """Moves a quantized block's output on x_q towards the full-precision block's output on x_fp (eq. 8).
 
@@ -122,9 +102,7 @@ class BlockCalibration(LightningModule):
         learn_by_codes(layer, on=not frugal)  # which need more memory
         self.theta = list(theta_parameters(layer).values())
         self.clips: list[Tensor] = [parameter for name, parameter in theta_parameters(layer).items() if is_clip(name)]
-        self.ended: list[Epoch] = []  # which the loggers have not heard of
-        self.epoch_figures: dict[str, Figure] = {}
-        self.known_loss: float | None = None  # mean of the last epoch that the device is known to be done with
+        self.epoch_log = EpochLog()
         self.losses: tuple[Tensor | float, int] = (0.0, 0)  # their sum over the epoch so far, and of how many sequences
         self.recording = not frugal  # on a GPU; what is recorded keeps its memory
         self.recorded: RecordedStep | None = None
@@ -209,47 +187,20 @@ class BlockCalibration(LightningModule):
     def _log_loss(self) -> None:
         total, count = self.losses
         if count:
-            self.log_epoch({"loss": total / count})
+            self.epoch_log.add({"loss": total / count})
             self.log("loss", total / count, on_step=False, on_epoch=True, batch_size=1, logger=False)
             self.losses = 0.0, 0
-
-    def log_epoch(self, figures: Mapping[str, Figure]) -> None:
-        """Give the loggers figures of this epoch: on a GPU an epoch late, or host and device would wait for each other.
-
-        Args:
-            figures: Numbers, tensors of one element on the device, or what gives a number behind the epoch.
-        """
-        self.epoch_figures |= {
-            name: x.to("cpu", non_blocking=True) if isinstance(x, Tensor) else x for name, x in figures.items()
-        }
 
     def on_train_epoch_end(self) -> None:
         """Go no further once the loss is not finite: on a GPU that of the epoch before, which all processes know."""
         self._log_loss()  # where a callback ended the training within an epoch
-        ended = Epoch(self.current_epoch, self.global_step - 1, Stopwatch(self.device), self.epoch_figures)
-        self.ended, self.epoch_figures = [*self.ended, ended], {}
-        self._tell_loggers(behind=self.epochs_behind)
-        if self.known_loss is not None and not math.isfinite(self.known_loss):
+        self.epoch_log.end(self.current_epoch, self.global_step - 1, self.device, self.loggers)
+        if (loss := self.epoch_log.known_loss) is not None and not math.isfinite(loss):
             self.trainer.should_stop = True
-
-    @property
-    def epochs_behind(self) -> int:
-        """By how many epochs the loggers are late."""
-        return 1 if self.device.type == "cuda" else 0
-
-    def _tell_loggers(self, behind: int = 0) -> None:
-        while len(self.ended) > behind:
-            epoch = self.ended.pop(0)
-            epoch.clock.wait()
-            figures = {name: float(x() if callable(x) else x) for name, x in epoch.figures.items()}
-            self.known_loss = figures.get("loss")
-            for logger in self.loggers:
-                logger.log_metrics({**figures, "epoch": epoch.number}, epoch.step)
-                logger.save()
 
     def on_train_end(self) -> None:
         """Tell the loggers everything, and let go of what the recorded step holds."""
-        self._tell_loggers()
+        self.epoch_log.tell(self.loggers)
         self.forget()
 
     def cpu(self) -> "BlockCalibration":
@@ -258,7 +209,7 @@ class BlockCalibration(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the epoch's losses, and the random generators: nothing here draws, but a user's callback may."""
-        self._tell_loggers()
+        self.epoch_log.tell(self.loggers)
         checkpoint["losses"] = self.losses
         checkpoint["rng"] = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from bisup_lightning.calibrate.block_calibration import BlockCalibration
+from bisup_lightning.calibrate import epoch_log
 from bisup_lightning.calibrate.events import WalkCallback
 from bisup_lightning.model.block import theta_by_kind
 from tests.tools import BISUP, RTN, with_callback
@@ -76,7 +76,7 @@ def test_epochs_in_csv(logged):
 def test_loggers_that_are_an_epoch_behind_hear_everything(checkpoint, fit, tmp_path, monkeypatch):
     more = (BISUP, f"--solver.epochs={EPOCHS}", "--trainer.logger=true")
     runs = [fit(checkpoint, tmp_path / "prompt", *more)]
-    monkeypatch.setattr(BlockCalibration, "epochs_behind", 1)
+    monkeypatch.setattr(epoch_log, "epochs_behind", lambda device: 1)
     runs.append(fit(checkpoint, tmp_path / "late", *more))
     for index in range(2):
         prompt, late = (rows(run / "logs" / f"{index:05d}" / "metrics.csv") for run in runs)
