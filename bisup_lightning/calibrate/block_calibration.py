@@ -100,8 +100,8 @@ class BlockCalibration(LightningModule):
         self.share = share
         self.loss = frugal_block_loss if frugal else block_loss
         learn_by_codes(layer, on=not frugal)  # which need more memory
-        self.theta = list(theta_parameters(layer).values())
-        self.clips: list[Tensor] = [parameter for name, parameter in theta_parameters(layer).items() if is_clip(name)]
+        self.theta = theta_parameters(layer)  # which fusing takes from the layer
+        self.clips: list[Tensor] = [parameter for name, parameter in self.theta.items() if is_clip(name)]
         self.epoch_log = EpochLog()
         self.losses: tuple[Tensor | float, int] = (0.0, 0)  # their sum over the epoch so far, and of how many sequences
         self.recording = not frugal  # on a GPU; what is recorded keeps its memory
@@ -124,7 +124,7 @@ class BlockCalibration(LightningModule):
         loss, total = x_BTD.new_zeros(()), x_BTD.new_zeros((), dtype=torch.float32)
         for place, (x_bTD, target_bTD) in enumerate(parts):
             step = self.recorded if self.recorded is not None and self.recorded.takes(x_bTD) else self._step
-            loss = with_gradients(*step(x_bTD, target_bTD), self.theta)
+            loss = with_gradients(*step(x_bTD, target_bTD), list(self.theta.values()))
             loss = loss * (len(x_bTD) / (len(x_BTD) * self.share.members))
             total = total + loss.detach()
             if place < len(parts) - 1:
@@ -135,7 +135,7 @@ class BlockCalibration(LightningModule):
     def _step(self, x_bTD: Tensor, target_bTD: Tensor) -> tuple[Tensor, Gradients]:
         """The loss of a micro-batch and its gradients; nothing of autograd stays, which would tie up a recording."""
         loss = self.loss(self.layer, x_bTD, target_bTD, self.positions, self.kv)
-        return loss.detach(), torch.autograd.grad(loss, self.theta, allow_unused=True)
+        return loss.detach(), torch.autograd.grad(loss, list(self.theta.values()), allow_unused=True)
 
     def _record(self, x_bTD: Tensor, target_bTD: Tensor) -> None:
         """On a GPU, record the second step, whose kernels the first one has compiled; the others replay it."""
@@ -158,13 +158,13 @@ class BlockCalibration(LightningModule):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Add up gradients and loss over the processes, and losses over the epoch."""
-        self.share.sum_([*(p.grad for p in self.theta if p.grad is not None), self.batch_loss])
+        self.share.sum_([*(p.grad for p in self.theta.values() if p.grad is not None), self.batch_loss])
         total, count = self.losses
         self.losses = total + self.batch_loss * self.batch_length, count + self.batch_length
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Begin with no gradients."""
-        for parameter in self.theta:
+        for parameter in self.theta.values():
             parameter.grad = None
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
@@ -225,7 +225,7 @@ class BlockCalibration(LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW with one parameter group for each kind of tensor in Θ."""
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-        for name, parameter in theta_parameters(self.layer).items():
+        for name, parameter in self.theta.items():
             decay = self.optimization.weight_decay if "low_rank" in name else 0.0
             groups.setdefault((self.optimization.rate(name) * 0.1**self.attempt, decay), []).append(parameter)
         # Block losses can be as small as 1e-7: Adam's usual eps would then outweigh the gradients.

@@ -139,6 +139,8 @@ class BiSup(Solver):
             learned independently can see each other's errors in an epoch more.
     """
 
+    learns = True
+
     def __init__(
         self,
         theta: Theta = Theta(),  # noqa: B008  both are frozen
@@ -157,8 +159,6 @@ class BiSup(Solver):
         self.theta, self.optimization, self.epochs, self.fp_epochs = theta, optimization, epochs, fp_epochs or 0
         self.keep_theta, self.theta_from = keep_theta, theta_from
 
-    learns = True
-
     def start(self, block: Block) -> nn.Module:
         """What was learned before, if anything was."""
         if self.theta_from is None:
@@ -170,23 +170,19 @@ class BiSup(Solver):
     def solve(self, block: Block) -> nn.Module | None:
         """Learn Θ; once more at a tenth of the learning rate if the loss is not finite; give up after that."""
         for attempt in range(block.partial.attempt if block.partial else 0, ATTEMPTS):
-            layer, theta, loss = self._train(block, attempt)
+            module, loss = self._train(block, attempt)
             if math.isfinite(loss):
-                block.learned = on_host(theta) if self.keep_theta else None
-                if not is_fused(layer):  # without the Fuse callback
-                    fuse_layer(layer)
-                return layer
+                block.learned = on_host(module.theta) if self.keep_theta else None
+                if not is_fused(module.layer):  # without the Fuse callback
+                    fuse_layer(module.layer)
+                return module.layer
         return None
 
-    def _train(self, block: Block, attempt: int) -> tuple[nn.Module, dict[str, nn.Parameter], float]:
-        """A trained block, its Θ, which fusing takes from it, and the mean loss of its last epoch.
-
-        What does not fit is trained in micro-batches.
-        """
+    def _train(self, block: Block, attempt: int) -> tuple[BlockCalibration, float]:
+        """A trained block and the mean loss of its last epoch; what does not fit is trained in micro-batches."""
         saved = block.partial.path if block.partial and block.partial.attempt == attempt else None
         while True:
             layer = self._learnable(block)
-            theta = theta_parameters(layer)
             micro_batch = min(block.batch_size, block.inputs.micro_batch)
             batches = BlockBatches(
                 block.inputs, block.batch_size, block.seed, self.fp_epochs, block.relay.receive_final
@@ -202,9 +198,9 @@ class BiSup(Solver):
             except torch.OutOfMemoryError as error:
                 out_of_memory = error.with_traceback(None)  # which would keep the failed step's tensors alive
             else:
-                return layer, theta, trainer.callback_metrics["loss"].item()
+                return module, trainer.callback_metrics["loss"].item()
             module.forget()  # the Trainer keeps it until garbage is collected
-            del layer, theta, module, batches, trainer
+            del layer, module, batches, trainer
             if block.inputs.share.members > 1:  # the others wait for this one's gradients
                 raise UserError(
                     "data.batch_size: training ran out of device memory, and processes that share a batch can't go on "
