@@ -53,14 +53,17 @@ def weight(rows: int, features: int, size: int, rate: float, note: str = "") -> 
 
 
 def activation(features: int, size: int, rate: float, note: str = "") -> None:
-    """Rounding an activation, and its gradients."""
-    x = torch.randn(TOKENS, features, device=GPU, dtype=torch.bfloat16)
-    clip, grad = torch.full((features // size,), 0.9, device=GPU), torch.randn_like(x)
-    name = f"{TOKENS} tokens x {features}, groups of {size}{note}"
-    for coded in (False, True):
-        step = lambda c=coded: operators.round_rows(x, clip, 4, size, c)  # noqa: E731
-        report(f"round {name}{', with codes' * coded}", step, (4 + coded) * x.numel(), rate)
-    report(f"gradients {name}", lambda: operators.round_rows_gradient(grad, x, clip, 4, size), 6 * x.numel(), rate)
+    """Rounding an activation, or the product of a gate, and its gradients."""
+    x, factor, grad = torch.randn(3, TOKENS, features, device=GPU, dtype=torch.bfloat16)
+    clip = torch.full((features // size,), 0.9, device=GPU)
+    for up in (None, factor):
+        name = f"{TOKENS} tokens x {features}, groups of {size}{'' if up is None else ', gated'}{note}"
+        more = 0 if up is None else 2
+        for coded in (False, True):
+            step = lambda u=up, c=coded: operators.round_rows(x, u, clip, 4, size, c)  # noqa: E731
+            report(f"round {name}{', with codes' * coded}", step, (4 + more + coded) * x.numel(), rate)
+        backward = lambda u=up: operators.round_rows_gradient(grad, x, u, clip, 4, size)  # noqa: E731
+        report(f"gradients {name}", backward, (6 + 2 * more) * x.numel(), rate)
 
 
 def main() -> None:

@@ -5,11 +5,15 @@
 Rows: `dense`, the same block in plain bf16 with gradients of all its weights, compiled; `eager`, this project's step as
 PyTorch runs it; `values`, compiled, with all products in bf16; and `compiled`, where forward products are those of
 integer codes if the device has them. A step is forward, backward and AdamW on 8 × 2048 tokens.
+
+Steps and the matmul rate are both measured on a GPU that has been busy for two seconds: at its power limit it slows
+down to what it can keep up for the minutes that a calibration takes.
 """
 
 import argparse
 import itertools
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -24,13 +28,24 @@ from bisup_lightning.model.kv import BlockKV, KVQuantizer
 from bisup_lightning.quant.spec import Precision, QuantSpec, Scheme
 
 GPU = torch.device("cuda")
+WARM_UP, BUSY = 3, 2.0  # steps, and seconds
 PRECISIONS = {"w4a4": (4, None), "w4a4-g128": (4, 128), "w3a3-g128": (3, 128)}
 
 
-def median_ms(step, repeats: int = 12, warm_up: int = 3) -> float:
-    """Median milliseconds of a step, by device events, with the host running ahead as it does in training."""
-    for _ in range(warm_up):
+def median_ms(step, repeats: int = 12, busy: float = 0.0) -> float:
+    """Median milliseconds of a step, by device events, with the host running ahead as it does in training.
+
+    Args:
+        step: What is measured.
+        repeats: How often.
+        busy: Seconds that the GPU has done the same before.
+    """
+    for _ in range(WARM_UP):
         step()
+    began = time.perf_counter()
+    while time.perf_counter() - began < busy:
+        step()
+        torch.cuda.synchronize()
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
     marks[0].record()
     for mark in marks[1:]:
@@ -40,10 +55,18 @@ def median_ms(step, repeats: int = 12, warm_up: int = 3) -> float:
     return sorted(begin.elapsed_time(end) for begin, end in itertools.pairwise(marks))[repeats // 2]
 
 
-def matmul_rate(size: int = 8192) -> float:
-    """Operations a second of a large bf16 product on random data."""
+def matmul_rate(busy: float = 0.0, size: int = 8192) -> float:
+    """Operations a second of a large bf16 product on random data, on a GPU that has been busy for so many seconds."""
     a, b = torch.randn(2, size, size, device=GPU, dtype=torch.bfloat16)
-    return 2 * size**3 / median_ms(lambda: a @ b) * 1e3
+    return 2 * size**3 / median_ms(lambda: a @ b, repeats=300 if busy else 12, busy=busy) * 1e3
+
+
+def print_rate() -> float:
+    """Print the GPU and its matmul rate, at first and once it has been busy; give the latter."""
+    first, rate = matmul_rate(), matmul_rate(busy=BUSY)
+    name = f"{torch.__version__} {torch.cuda.get_device_name()}"
+    print(f"{name} {rate / 1e12:.0f} TFLOP/s measured ({first / 1e12:.0f} at first)", flush=True)
+    return rate
 
 
 def step_operations(shape: str, batch: int, length: int) -> float:
@@ -63,7 +86,7 @@ def measure(name: str, parameters, loss, operations: float, rate: float) -> None
         optimizer.zero_grad()
 
     torch.cuda.reset_peak_memory_stats()
-    milliseconds = median_ms(step)
+    milliseconds = median_ms(step, busy=BUSY)
     reached, peak = operations / milliseconds * 1e3, torch.cuda.max_memory_allocated() / 2**30
     print(
         f"{name:28} {milliseconds:8.2f} ms {reached / 1e12:7.0f} TFLOP/s {reached / rate:6.3f} {peak:6.1f} GiB",
@@ -83,8 +106,7 @@ def main() -> None:
     parser.add_argument("--transform", nargs="+", default=["none", "hadamard", "outliers"])
     parser.add_argument("--profile", action="store_true", help="a table of kernels behind compiled rows")
     given = parser.parse_args()
-    rate, operations = matmul_rate(), step_operations(given.shape, given.batch, given.length)
-    print(torch.__version__, torch.cuda.get_device_name(), f"{rate / 1e12:.0f} TFLOP/s measured")
+    rate, operations = print_rate(), step_operations(given.shape, given.batch, given.length)
     folder = write_checkpoint(Path(tempfile.mkdtemp()), given.shape, num_blocks=1, device="cuda")
     model = BlockwiseModel(folder, GPU, torch.bfloat16, fused_attention=True)
     x_BTD, target_BTD = torch.randn(

@@ -3,7 +3,8 @@
     python -m benchmarks.walk --shape 8b --blocks 8 --config configs/precision/w4a4-g128.yaml
 
 Prints a line for each block, the mean of those behind the first two (which compile), the floor of 17 forward passes at
-the matmul rate measured in the same run, the share of time in which the GPU idles, and what 32 blocks would take.
+the matmul rate that the GPU keeps up, measured in the same run, the share of time in which the GPU idles and the
+longest such times, and what 32 blocks would take.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from typing import ClassVar
 
 import torch
 
-from benchmarks.step import matmul_rate, step_operations
+from benchmarks.step import print_rate, step_operations
 from benchmarks.synthetic import SHAPES, write_checkpoint
 from bisup_lightning.calibrate.driver import BlockResult, BlockWalk
 from bisup_lightning.calibrate.events import WalkCallback
@@ -23,6 +24,7 @@ from bisup_lightning.cli import main as run_command
 
 ROOT = Path(__file__).parent.parent
 COMPILING = 2  # blocks in which something is still compiled
+LONGEST = 12  # of the times in which the GPU idled, to be listed
 CALLBACKS = (
     "{{class_path: callbacks.bf16.BF16}}",
     "{{class_path: callbacks.fuse.Fuse}}",
@@ -37,6 +39,7 @@ class Timeline(WalkCallback):
 
     ends: ClassVar[list[float]] = []
     busy: ClassVar[float] = float("nan")
+    gaps: ClassVar[list[tuple[float, float, str]]] = []  # seconds idle, since the block's begin, and the kernel behind
     profiled = COMPILING
 
     def on_block_start(self, walk: BlockWalk, index: int) -> None:
@@ -55,13 +58,15 @@ class Timeline(WalkCallback):
             wall = now - self.began
             self.profiler.stop()
             spans = sorted(
-                (event.time_range.start, event.time_range.end)
+                (event.time_range.start, event.time_range.end, event.name)
                 for event in self.profiler.events()
                 if event.device_type == torch.autograd.DeviceType.CUDA
             )
-            busy, reached = 0.0, 0.0
-            for start, end in spans:  # kernels of two streams may overlap
+            busy, first = 0.0, spans[0][0]
+            reached = first
+            for start, end, name in spans:  # kernels of two streams may overlap
                 busy += max(0.0, end - max(start, reached))
+                Timeline.gaps.append(((start - reached) * 1e-6, (reached - first) * 1e-6, name))
                 reached = max(reached, end)
             Timeline.busy = busy * 1e-6 / wall
             now = time.perf_counter()  # reading the profile takes seconds, which are not the next block's
@@ -77,8 +82,7 @@ def main() -> None:
     parser.add_argument("--save_every", type=float, default=60.0, help="seconds between saves inside a block")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.mkdtemp()))
     given, more = parser.parse_known_args()
-    rate = matmul_rate()
-    print(torch.__version__, torch.cuda.get_device_name(), f"{rate / 1e12:.0f} TFLOP/s measured")
+    rate = print_rate()
     checkpoint = write_checkpoint(given.folder / "checkpoint", given.shape, given.blocks, device="cuda")
     text = given.folder / "text.txt"
     text.write_text(" ".join(str(number) for number in range(400_000)), encoding="utf-8")
@@ -106,6 +110,8 @@ def main() -> None:
     blocks = SHAPES[given.shape][4]
     print(f"mean of {len(steady)} blocks {mean:.2f} s, floor {floor:.2f} s: {mean / floor:.3f} of the floor")
     print(f"GPU idle in block {COMPILING}: {1 - Watched.busy:.3f} (under the profiler, which slows the host)")
+    for idle, at, name in sorted(Watched.gaps, reverse=True)[:LONGEST]:
+        print(f"  {idle * 1e3:6.1f} ms at {at:.3f} s before {name[:70]}")
     print(f"whole command {wall:.1f} s; {blocks} blocks at that pace: {mean * blocks:.0f} s")
     device, host = (metrics[f"peak_{place}_bytes"] / 2**30 for place in ("device", "host"))
     print(f"peak memory: device {device:.1f} GiB, host {host:.1f} GiB")

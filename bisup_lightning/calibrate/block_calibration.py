@@ -21,6 +21,7 @@ from bisup_lightning.model.linear import QuantLinear
 from bisup_lightning.quant.compiled import compiled_on_gpu
 
 MIN_CLIP = 1e-2  # a clip value is positive: it scales Δ
+UNRECORDED = 2  # steps before one is recorded: the first compiles, and the device computes as long as recording takes
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class BlockCalibration(LightningModule):
         self.losses: tuple[Tensor | float, int] = (0.0, 0)  # their sum over the epoch so far, and of how many sequences
         self.recording = not frugal  # on a GPU; what is recorded keeps its memory
         self.recorded: RecordedStep | None = None
-        self.seen: torch.Size | None = None  # shape of the last step's first micro-batch
+        self.alike: tuple[torch.Size | None, int] = None, 0  # shape of the last steps' first micro-batches; how many
         for module in layer.modules():
             if isinstance(module, QuantLinear):
                 module.frugal = frugal
@@ -138,9 +139,11 @@ class BlockCalibration(LightningModule):
         return loss.detach(), torch.autograd.grad(loss, list(self.theta.values()), allow_unused=True)
 
     def _record(self, x_bTD: Tensor, target_bTD: Tensor) -> None:
-        """On a GPU, record the second step, whose kernels the first one has compiled; the others replay it."""
+        """On a GPU, record the third step, while the device is busy with those before; the others replay it."""
         wanted = self.recording and self.recorded is None and not torch.is_anomaly_enabled()  # which reads numbers
-        if x_bTD.is_cuda and wanted and self.seen == x_bTD.shape:
+        shape, count = self.alike
+        self.alike = x_bTD.shape, count + 1 if shape == x_bTD.shape else 1
+        if x_bTD.is_cuda and wanted and self.alike[1] > UNRECORDED:
             try:
                 self.recorded = RecordedStep(self._step, x_bTD, target_bTD)
             except RuntimeError as error:
@@ -148,7 +151,6 @@ class BlockCalibration(LightningModule):
                     raise
                 self.recording = False  # a step by itself had enough, as one has run
                 torch.cuda.empty_cache()
-        self.seen = x_bTD.shape
 
     def forget(self) -> None:
         """Let go of what the recorded step holds."""

@@ -97,17 +97,17 @@ class LayerInputs:
 
         self._for_each(step, self.fp)
 
-    def loss_q(self, run: Run, part: float = 1.0) -> Tensor:
-        """Mean square distance of a quantized block's output on x_q to the target (eq. 8), or on part of the text."""
-        return self._loss(self.q, run, part)
+    def loss_q(self, run: Run, sample: int | None = None) -> Tensor:
+        """Mean square distance of a quantized block's output on x_q to the target (eq. 8), or on so many sequences."""
+        return self._loss(self.q, run, sample)
 
-    def loss_of(self, outputs_NTD: Tensor, part: float) -> Tensor:
+    def loss_of(self, outputs_NTD: Tensor, sample: int | None = None) -> Tensor:
         """The same of outputs that are known."""
-        return self._loss(outputs_NTD, lambda y_BTD: y_BTD, part)
+        return self._loss(outputs_NTD, lambda y_BTD: y_BTD, sample)
 
     @torch.no_grad()
-    def _loss(self, x_NTD: Tensor, run: Run, part: float) -> Tensor:
-        count = max(1, round(part * len(x_NTD)))
+    def _loss(self, x_NTD: Tensor, run: Run, sample: int | None) -> Tensor:
+        count = len(x_NTD) if sample is None else min(len(x_NTD), max(1, sample // self.share.members))
         squares = torch.zeros((), dtype=torch.float64, device=self.device)
 
         def step(batch: slice, x_BTD: Tensor, target_BTD: Tensor) -> None:

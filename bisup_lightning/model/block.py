@@ -8,7 +8,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from bisup_lightning.model.family import LINEAR_INPUTS, Family, linear_inputs, online_rotation
+from bisup_lightning.model.family import (
+    LINEAR_INPUTS,
+    MLP_ACTIVATION,
+    Family,
+    linear_inputs,
+    online_rotation,
+    split_gate,
+)
 from bisup_lightning.model.linear import (
     InputQuantizer,
     PackedLinear,
@@ -245,6 +252,8 @@ def learn_by_codes(layer: nn.Module, on: bool = True) -> None:
         quantizer = _part(layer, place, InputQuantizer)
         linears = [_part(layer, name, QuantLinear) for name in entry.linears] if on else []
         quantizer.with_codes = on and all(multiplies(quantizer.segments, x.segments, x.weight) for x in linears)
+        if entry is MLP_ACTIVATION:
+            split_gate(layer, on=quantizer.with_codes and not quantizer.rotated and quantizer.order is None)
 
 
 @torch.no_grad()

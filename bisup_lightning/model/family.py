@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import MethodType
 from typing import Any, NoReturn
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from bisup_lightning.errors import UserError
+from bisup_lightning.quant.gated import Gated
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,18 @@ def mlp_half(layer: nn.Module, hidden_BTD: Tensor) -> Tensor:
     """A layer's second half [B, T, D]."""
     parts: Any = layer
     return hidden_BTD + parts.mlp(parts.post_attention_layernorm(hidden_BTD))
+
+
+def split_gate(layer: nn.Module, on: bool) -> None:
+    """Have an MLP hand the two factors of its gate to its last linear, in place of their product, or no more."""
+    mlp: Any = layer.get_submodule("mlp")
+    mlp.__dict__.pop("forward", None)
+    if on and mlp.config.hidden_act in ("silu", "swish"):
+        mlp.forward = MethodType(_mlp_of_factors, mlp)
+
+
+def _mlp_of_factors(mlp: Any, x_BTD: Tensor) -> Tensor:
+    return mlp.down_proj(Gated(mlp.gate_proj(x_BTD), mlp.up_proj(x_BTD)))
 
 
 def watch_attention(layer: nn.Module, record: Callable[[Tensor], None]) -> None:

@@ -25,6 +25,7 @@ from bisup_lightning.quant.affine import (
     wide,
 )
 from bisup_lightning.quant.clipping import search_weight_clip
+from bisup_lightning.quant.gated import Gated
 from bisup_lightning.quant.hadamard import apply_hadamard, hadamard_factors
 from bisup_lightning.quant.integer_product import Coded
 from bisup_lightning.quant.packing import pack, unpack
@@ -76,11 +77,16 @@ class InputQuantizer(nn.Module):
             x = apply_hadamard(heads, self._factors, dim=-2).flatten(-2)
         return x
 
-    def forward(self, x_BTI: Tensor) -> Tensor | Coded:
+    def forward(self, x_BTI: Tensor | Gated) -> Tensor | Coded:
         """⟨x⟩ in x's dtype."""
         clips = [as_stored(clip, self.storage_dtype) for clip in self.clips]
+        with_codes = self.with_codes and torch.is_grad_enabled()
+        if isinstance(x_BTI, Gated):  # which is never arranged
+            if with_codes:
+                return integer_product.coded_rows(x_BTI.gate, self.segments[0], clips[0], x_BTI.up)
+            x_BTI = x_BTI.product()
         x_BTI = self.arrange(x_BTI)
-        if self.with_codes and torch.is_grad_enabled():
+        if with_codes:
             return integer_product.coded_rows(x_BTI, self.segments[0], clips[0])
         return fake_quantize_segments(x_BTI, self.segments, clips)
 

@@ -161,7 +161,7 @@ def fake_quantize(
     by_kernel = operators is not None and operators.take(x) and spec.symmetric and scale_dtype is None
     if by_kernel and clip_G is not None and clip_G.ndim == 1:
         assert operators is not None
-        return operators.round_rows(x, clip_G, spec.bits, x.shape[-1] // spec.groups(x.shape[-1]), False)[0]
+        return operators.round_rows(x, None, clip_G, spec.bits, x.shape[-1] // spec.groups(x.shape[-1]), False)[0]
     x_Gg = wide(to_groups(x, spec))
     scale, offset = scale_and_offset(x_Gg, spec, clip_G, scale_dtype)
     if offset is None:

@@ -61,13 +61,16 @@ def _capability(x: Tensor) -> tuple[int, int]:
     return torch.cuda.get_device_capability(x.device)
 
 
-def coded_rows(x: Tensor, segment: Segment, clip_G: Tensor) -> Coded | Tensor:
-    """`fake_quantize` of an activation [..., I], with its codes if its rows are as many as tensor cores take."""
+def coded_rows(x: Tensor, segment: Segment, clip_G: Tensor, up: Tensor | None = None) -> Coded | Tensor:
+    """`fake_quantize` of an activation [..., I], with its codes if its rows are as many as tensor cores take.
+
+    With `up`, of silu(x) · up.
+    """
     assert operators is not None
     assert segment.spec is not None
     coded = x.dtype == torch.bfloat16 and x.numel() // x.shape[-1] % ALIGNED == 0
     size = segment.columns // segment.spec.groups(segment.columns)
-    values, codes, scale_GN = operators.round_rows(x, clip_G, segment.spec.bits, size, coded)
+    values, codes, scale_GN = operators.round_rows(x, up, clip_G, segment.spec.bits, size, coded)
     return Coded(values, codes, scale_GN) if coded else values
 
 

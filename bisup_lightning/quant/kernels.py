@@ -37,18 +37,38 @@ def _by_scale(t, qmin: tl.constexpr, qmax: tl.constexpr):
 
 
 @triton.jit
+def _silu(gate, dtype: tl.constexpr):
+    """silu(gate) as a tensor of that dtype would hold it."""
+    return (gate * tl.sigmoid(gate)).to(dtype).to(tl.float32)
+
+
+@triton.jit
+def _given_rows(x_ptr, up_ptr, given, mask):
+    """X and, if there is an up, it; and what is to be rounded, which is x or silu(x) · up."""
+    x = tl.load(x_ptr + given, mask, 0.0).to(tl.float32)
+    up = x
+    product = x
+    if up_ptr is not None:
+        dtype: tl.constexpr = x_ptr.dtype.element_ty
+        up = tl.load(up_ptr + given, mask, 0.0).to(tl.float32)
+        product = (_silu(x, dtype) * up).to(dtype).to(tl.float32)
+    return x, up, product
+
+
+@triton.jit
 def round_rows(
-    x_ptr, clip_ptr, out_ptr, codes_ptr, scale_ptr, rows, row_stride, groups, clip_stride,
+    x_ptr, up_ptr, clip_ptr, out_ptr, codes_ptr, scale_ptr, rows, row_stride, groups, clip_stride,
     size: tl.constexpr, qmin: tl.constexpr, qmax: tl.constexpr, smallest: tl.constexpr, coded: tl.constexpr,
     block_n: tl.constexpr, block_g: tl.constexpr,
 ):  # fmt: skip
-    """⟨x⟩ for some rows of one group; `coded`: also its codes, and their scales [G, N]."""
+    """⟨x⟩, or ⟨silu(x) · up⟩, for some rows of one group; `coded`: also its codes, and their scales [G, N]."""
     n = tl.program_id(0) * block_n + tl.arange(0, block_n)
     group = tl.program_id(1)
     i = tl.arange(0, block_g)
     mask = (n < rows)[:, None] & (i < size)[None, :]
     column = group * size + i
-    x = tl.load(x_ptr + n.to(tl.int64)[:, None] * row_stride + column[None, :], mask, 0.0).to(tl.float32)
+    given = n.to(tl.int64)[:, None] * row_stride + column[None, :]
+    x = _given_rows(x_ptr, up_ptr, given, mask)[2]
     clip = tl.load(clip_ptr + group * clip_stride)
     scale = _scale(tl.max(tl.abs(x), 1), clip, qmax, None, smallest, 3.0e38)[0]
     codes = _nearest(x * (1.0 / scale)[:, None], qmin, qmax)
@@ -61,29 +81,42 @@ def round_rows(
 
 @triton.jit
 def round_rows_gradient(
-    x_ptr, grad_ptr, clip_ptr, grad_x_ptr, grad_clip_ptr, rows, row_stride, groups, clip_stride,
+    x_ptr, up_ptr, grad_ptr, clip_ptr, grad_x_ptr, grad_up_ptr, grad_clip_ptr, rows, row_stride, groups, clip_stride,
     size: tl.constexpr, qmin: tl.constexpr, qmax: tl.constexpr, smallest: tl.constexpr,
     block_n: tl.constexpr, block_g: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of x and of the clip values, for some rows of one group."""
+    """Gradients of x, of up if there is one, and of the clip values, for some rows of one group."""
     n = tl.program_id(0) * block_n + tl.arange(0, block_n)
     group = tl.program_id(1)
     i = tl.arange(0, block_g)
     mask = (n < rows)[:, None] & (i < size)[None, :]
     column = group * size + i
     place = n.to(tl.int64)[:, None] * (groups * size) + column[None, :]
-    x = tl.load(x_ptr + n.to(tl.int64)[:, None] * row_stride + column[None, :], mask, 0.0).to(tl.float32)
+    given = n.to(tl.int64)[:, None] * row_stride + column[None, :]
+    x = _given_rows(x_ptr, up_ptr, given, mask)[2]
     grad = tl.load(grad_ptr + place, mask, 0.0).to(tl.float32)
     clip = tl.load(clip_ptr + group * clip_stride)
     absmax, largest = tl.max(tl.abs(x), 1, return_indices=True)
     scale, passes = _scale(absmax, clip, qmax, None, smallest, 3.0e38)
     t = x * (1.0 / scale)[:, None]
     grad_scale = tl.where(passes, tl.sum(grad * _by_scale(t, qmin, qmax), 1), 0.0) * (1.0 / qmax)
+    tl.store(grad_clip_ptr + n * groups + group, grad_scale * absmax, n < rows)
+    gate = x
+    up = x
+    if up_ptr is not None:  # read again, behind a store: registers do not hold all that for a long row
+        gate, up, x = _given_rows(x_ptr, up_ptr, given, mask)
+        grad = tl.load(grad_ptr + place, mask, 0.0).to(tl.float32)
+        t = x * (1.0 / scale)[:, None]
     grad_x = tl.where(_inside(t, qmin, qmax), grad, 0.0)
     grad_absmax = tl.where(x < 0, -1.0, 1.0) * (grad_scale * clip)[:, None]
     grad_x += tl.where(i[None, :] == largest[:, None], grad_absmax, 0.0)
+    if up_ptr is not None:
+        dtype: tl.constexpr = x_ptr.dtype.element_ty
+        grad_product = grad_x.to(dtype).to(tl.float32)
+        tl.store(grad_up_ptr + place, (grad_product * _silu(gate, dtype)).to(dtype), mask)
+        sigmoid = tl.sigmoid(gate)
+        grad_x = (grad_product * up).to(dtype).to(tl.float32) * sigmoid * (1.0 + gate * (1.0 - sigmoid))
     tl.store(grad_x_ptr + place, grad_x.to(grad_x_ptr.dtype.element_ty), mask)
-    tl.store(grad_clip_ptr + n * groups + group, grad_scale * absmax, n < rows)
 
 
 @triton.jit

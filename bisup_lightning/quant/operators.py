@@ -53,12 +53,23 @@ def _rows_of(x: Tensor) -> Tensor:
     return x_NI if x_NI.stride(-1) == 1 else x_NI.contiguous()
 
 
+def _pair_of_rows(x: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Both as [N, I] with the same strides."""
+    x_NI = _rows_of(x if up is None else x.contiguous())
+    return x_NI, None if up is None else _rows_of(up.contiguous())
+
+
 def _limits(bits: int) -> dict[str, float]:
     return {"qmin": -(2 ** (bits - 1)), "qmax": 2 ** (bits - 1) - 1, "smallest": MIN_SCALE}
 
 
 def _room_for_rows(x: Tensor, size: int, coded: bool) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device), *_room_for_codes(x, x.shape, size, coded)
+
+
+def _room_for_row_gradients(x: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
+    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return grad_x, grad_x.new_empty(0) if up is None else torch.empty_like(grad_x)
 
 
 def _room_for_codes(x: Tensor, shape: Sequence[int], size: int, coded: bool) -> tuple[Tensor, Tensor]:
@@ -83,55 +94,72 @@ def _row_blocks(size: int) -> dict[str, int]:
 
 
 @torch.library.custom_op("bisup::round_rows", mutates_args=())
-def round_rows(x: Tensor, clip_G: Tensor, bits: int, size: int, coded: bool) -> tuple[Tensor, Tensor, Tensor]:
+def round_rows(
+    x: Tensor, up: Tensor | None, clip_G: Tensor, bits: int, size: int, coded: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """`fake_quantize` of [..., I] in groups of `size`, symmetric, with one clip value for all or for each group.
+
+    Args:
+        x: What is rounded, [..., I].
+        up: If given, [..., I], then silu(x) · up is rounded: the product itself never stands in memory.
+        clip_G: Clip values [G] or [1], float32.
+        bits: Width of the codes.
+        size: Of a group.
+        coded: Whether codes and scales are wanted.
 
     Returns:
         The values; and, if `coded`, their float8 codes [..., I] as bytes and scales [G, N], else two empty tensors.
     """
-    x_NI = _rows_of(x)
+    x_NI, up_NI = _pair_of_rows(x, up)
     (rows, columns), blocks = x_NI.shape, _row_blocks(size)
     out, codes, scale_GN = _room_for_rows(x, size, coded)
     with torch.cuda.device_of(x):  # Triton launches on the current device, whatever its tensors lie on
         kernels.round_rows[triton.cdiv(rows, blocks["block_n"]), columns // size](
-            x_NI, clip_G, out, _as_float8(codes), scale_GN, rows, x_NI.stride(0), columns // size,
+            x_NI, up_NI, clip_G, out, _as_float8(codes), scale_GN, rows, x_NI.stride(0), columns // size,
             int(len(clip_G) > 1), **_limits(bits), **blocks, coded=coded,
         )  # fmt: skip
     return out, codes, scale_GN
 
 
 @torch.library.custom_op("bisup::round_rows_gradient", mutates_args=())
-def round_rows_gradient(grad: Tensor, x: Tensor, clip_G: Tensor, bits: int, size: int) -> tuple[Tensor, Tensor]:
-    """Gradients of x and of the clip values."""
-    x_NI = _rows_of(x)
+def round_rows_gradient(
+    grad: Tensor, x: Tensor, up: Tensor | None, clip_G: Tensor, bits: int, size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, of up (empty where there is none) and of the clip values."""
+    x_NI, up_NI = _pair_of_rows(x, up)
     (rows, columns), blocks = x_NI.shape, _row_blocks(size)
-    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if up is not None:  # more to hold for each element
+        blocks |= {"block_n": max(1, blocks["block_n"] // 2), "num_warps": 2 * blocks["num_warps"]}
+    grad_x, grad_up = _room_for_row_gradients(x, up)
     grad_clip_NG = clip_G.new_empty(rows, columns // size)
     with torch.cuda.device_of(x):
         kernels.round_rows_gradient[triton.cdiv(rows, blocks["block_n"]), columns // size](
-            x_NI, grad.contiguous(), clip_G, grad_x, grad_clip_NG, rows, x_NI.stride(0), columns // size,
-            int(len(clip_G) > 1), **_limits(bits), **blocks,
+            x_NI, up_NI, grad.contiguous(), clip_G, grad_x, grad_up, grad_clip_NG, rows, x_NI.stride(0),
+            columns // size, int(len(clip_G) > 1), **_limits(bits), **blocks,
         )  # fmt: skip
-    return grad_x, grad_clip_NG.sum(0) if len(clip_G) > 1 else grad_clip_NG.sum().reshape(1)
+    return grad_x, grad_up, grad_clip_NG.sum(0) if len(clip_G) > 1 else grad_clip_NG.sum().reshape(1)
 
 
 @round_rows.register_fake
-def _(x, clip_G, bits, size, coded):
+def _(x, up, clip_G, bits, size, coded):
     return _room_for_rows(x, size, coded)
 
 
 @round_rows_gradient.register_fake
-def _(grad, x, clip_G, bits, size):
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty_like(clip_G)
+def _(grad, x, up, clip_G, bits, size):
+    return *_room_for_row_gradients(x, up), torch.empty_like(clip_G)
 
 
 def _round_rows_backward(ctx, grad, _codes, _scale):
-    return *round_rows_gradient(grad, *ctx.saved_tensors, *ctx.sizes), None, None, None
+    x, up, clip_G = ctx.saved_tensors
+    grad_x, grad_up, grad_clip = round_rows_gradient(grad, x, up, clip_G, *ctx.sizes)
+    return grad_x, None if up is None else grad_up, grad_clip, None, None, None
 
 
 def _keep_rows(ctx, inputs, output):
-    x, clip_G, *ctx.sizes, _coded = inputs
-    ctx.save_for_backward(x, clip_G)
+    *tensors, bits, size, _coded = inputs
+    ctx.sizes = bits, size
+    ctx.save_for_backward(*tensors)
 
 
 round_rows.register_autograd(_round_rows_backward, setup_context=_keep_rows)
@@ -141,8 +169,7 @@ round_rows.register_autograd(_round_rows_backward, setup_context=_keep_rows)
 ROUND_BLOCKS = {"block_o": 64, "num_warps": 4}
 PART = 512  # columns of a part of a long group
 GRADIENT_BLOCKS = (  # the first whose shared memory the GPU has
-    {"block_o": 64, "num_warps": 4, "num_stages": 3},
-    {"block_o": 64, "num_warps": 4, "num_stages": 1},
+    {"block_o": 16, "num_warps": 4, "num_stages": 3},
     {"block_o": 16, "num_warps": 4, "num_stages": 1},
 )
 MAX_RANK = 128  # of A and B; more does not fit beside a tile

@@ -1,6 +1,7 @@
 """The walk over the blocks, judged from outside: by what transformers computes with the artifact it leaves."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bisup_lightning.cli import main
 from bisup_lightning.data.corpus import CalibrationData, calibration_tokens
+from bisup_lightning.data.layer_inputs import LayerInputs
 from bisup_lightning.model.checkpoint import SINGLE
 from bisup_lightning.quant.affine import fake_quantize
 from bisup_lightning.quant.gptq import Segment, accumulate_hessian, gptq_quantize
@@ -134,6 +136,34 @@ def test_the_first_blocks_start_is_rounding(checkpoint, watched_fit):
     rounded, learned = (block_metrics(watched_fit(checkpoint, s, name=s[-3:]))[0] for s in (RTN, BISUP))
     assert rounded["loss_final"] == rounded["loss_initial"] == learned["loss_initial"]
     assert learned["loss_final"] < 0.95 * rounded["loss_final"]
+
+
+def test_where_a_sample_decides_the_start_is_estimated_from_it(checkpoint, watched_fit):
+    """Of 64 sequences, 16 are a sample: the first block's start is rounding, whose error on all of them is known."""
+    many, on_sample = ("--data.num_samples=64", "--data.seq_len=16", *W3A3), []
+    for solver in (RTN, BISUP):
+        run = watched_fit(checkpoint, solver, *many, name=solver[-3:])
+        x_fp, x_q = (stream[:16].double() for stream in Watch.streams[1])
+        on_sample.append((x_q - x_fp).square().mean().item())
+    rounded, learned = (block_metrics(run.with_name(solver[-3:]))[0] for solver in (RTN, BISUP))
+    assert learned["loss_initial"] == pytest.approx(learned["loss_final"] * on_sample[0] / on_sample[1], rel=1e-5)
+    assert learned["loss_initial"] != rounded["loss_final"]
+    assert learned["loss_initial"] == pytest.approx(rounded["loss_final"], rel=0.1)
+
+
+def test_a_loss_that_is_not_finite_behind_the_sample_keeps_the_start(checkpoint, watched_fit, monkeypatch):
+    """On the sample a trained block may look better all the same."""
+    whole = LayerInputs.outputs_q
+
+    def broken(inputs, run):
+        outputs, loss = whole(inputs, run)
+        broken.calls += 1
+        return outputs, loss * (math.nan if broken.calls == 1 else 1)
+
+    broken.calls = 0
+    monkeypatch.setattr(LayerInputs, "outputs_q", broken)
+    run = watched_fit(checkpoint, BISUP, "--data.num_samples=64", "--data.seq_len=16")
+    assert [entry["kept_start"] for entry in block_metrics(run)] == [True, False, False]
 
 
 def test_gptq_beats_rounding_where_only_weights_are_quantized(checkpoint, watched_fit):

@@ -85,9 +85,9 @@ def test_nothing_is_kept_for_a_backward_pass():
     assert not outputs.requires_grad
 
 
-@pytest.mark.parametrize(("part", "count"), [(1 / 8, 1), (0.5, 4), (1.0, 7)])
-def test_the_loss_of_a_part_is_that_of_the_first_sequences(part, count):
+@pytest.mark.parametrize(("sample", "count"), [(1, 1), (4, 4), (7, 7), (8, 7), (None, 7)])
+def test_the_loss_on_a_sample_is_that_of_the_first_sequences(sample, count):
     x_fp, x_q = streams()
     inputs, run = LayerInputs(x_fp, x_q, CPU, 3), block(2)
     exact = (run(x_q[:count]).double() - x_fp[:count].double()).square().mean().item()
-    assert inputs.loss_q(run, part) == pytest.approx(exact, rel=1e-6)
+    assert inputs.loss_q(run, sample) == pytest.approx(exact, rel=1e-6)

@@ -22,7 +22,9 @@ from bisup_lightning.model.family import (
     layer_prefix,
     linear_inputs,
     online_rotation,
+    split_gate,
 )
+from bisup_lightning.quant.gated import Gated
 from tests.inputs import SMALL
 
 every_type = pytest.mark.parametrize("model_type", SUPPORTED)
@@ -171,3 +173,27 @@ def test_a_damaged_configuration_is_one_line(tmp_path, text):
     with pytest.raises(UserError, match=r"config\.json") as caught:
         Family.of_folder(str(tmp_path), 2)
     assert "\n" not in str(caught.value)
+
+
+@every_type
+def test_an_mlp_hands_on_the_factors_of_its_gate_while_it_is_told_to(model_type):
+    layer = decoder_layers(model_of(config_of(model_type)))[0]
+    mlp, seen = layer.get_submodule("mlp"), []
+    x_BTD = torch.randn(2, 3, mlp.get_submodule("gate_proj").in_features)
+    whole_BTD = mlp(x_BTD)
+
+    def product_of(module, arguments):
+        seen.append(arguments[0])
+        return (seen[-1].product(),) if isinstance(seen[-1], Gated) else None
+
+    mlp.get_submodule("down_proj").register_forward_pre_hook(product_of)
+    for on in (True, False):
+        split_gate(layer, on)
+        assert torch.equal(mlp(x_BTD), whole_BTD)
+    assert [type(x) for x in seen] == [Gated, torch.Tensor]
+
+
+def test_a_gate_of_another_kind_stays_whole():
+    layer = Family(config_of("llama", hidden_act="gelu")).empty_layer(0)
+    split_gate(layer, on=True)
+    assert "forward" not in vars(layer.get_submodule("mlp"))

@@ -12,6 +12,7 @@ import torch
 from bisup_lightning.model import linear as linear_module
 from bisup_lightning.model.linear import InputQuantizer, QuantLinear
 from bisup_lightning.quant import affine
+from bisup_lightning.quant.gated import Gated
 from bisup_lightning.quant.spec import QuantSpec, Segment
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
@@ -98,6 +99,22 @@ def test_activations_round_alike_with_the_same_gradients(
     out, gradients = run()
     expected, expected_gradients = without_kernels(run)
     assert_same_values(out, expected)
+    assert_same_gradients(gradients, expected_gradients, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("bits", "group_size", "features"), SHAPES)
+def test_a_gate_is_rounded_alike_with_the_same_gradients(without_kernels, dtype, bits, group_size, features):
+    segment = Segment(features, QuantSpec(bits, group_size=group_size))
+    clip_G = torch.full((segment.spec.groups(features),), 0.8, device=DEVICE).requires_grad_()
+    gate = Gated(*(random(3, 16, features, dtype=dtype, seed=seed).requires_grad_() for seed in (0, 2)))
+    gate.up.data[0, 0] = 0
+    grad = random(3, 16, features, dtype=dtype, seed=1)
+    inputs = [gate.gate, gate.up, clip_G]
+    values, *_ = affine.operators.round_rows(*inputs[:2], clip_G, bits, features // len(clip_G), False)
+    expected = without_kernels(lambda: affine.fake_quantize(gate.product(), segment.spec, clip_G))
+    assert_same_values(values, expected)
+    gradients, expected_gradients = (torch.autograd.grad(x, inputs, grad) for x in (values, expected))
     assert_same_gradients(gradients, expected_gradients, dtype)
 
 
