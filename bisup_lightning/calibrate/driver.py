@@ -32,7 +32,7 @@ from bisup_lightning.quant.spec import Scheme
 from bisup_lightning.transform.transform import Transform
 
 SAMPLE = 16  # sequences on which a trained block is compared with its start
-CLEARLY = 0.9  # of the start's loss: on more than that, all of the text decides
+CLEARLY = 0.97  # of the start's loss: on more than that, all of the text decides
 
 Memory = Literal["auto", "low"]
 MakeTrainer = Callable[[int, int], Trainer]
