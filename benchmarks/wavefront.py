@@ -3,8 +3,9 @@
     python -m benchmarks.wavefront --shape 70b --forward_seconds 0.75 --gigabytes_per_second 200
 
 Every block passes, in units of one forward pass over the text: full-precision pass 1, epochs of 3 (forward and
-backward), the fused block's outputs 1, and the start's loss on a sample. In a wavefront the last epoch waits for what
-the fused predecessor gives. The walk is played through event by event.
+backward), the fused block's outputs and the start's loss, 1 each. In a wavefront the last epoch waits for what the
+fused predecessor gives; the start's loss on a sample comes before the outputs leave, that on all of the text behind.
+The walk is played through event by event.
 """
 
 import argparse
@@ -17,9 +18,7 @@ from bisup_lightning.calibrate.driver import SAMPLE
 
 SHAPES = {"8b": (32, 4096), "32b": (64, 5120), "70b": (80, 8192)}  # blocks, hidden size
 SEQUENCES, LENGTH, EPOCHS = 128, 2048, 5
-PASS, EPOCH = 1.0, 3.0  # a forward pass, as the outputs take one; an epoch
-JUDGEMENT = SAMPLE / SEQUENCES * PASS  # the start's loss
-PASSES = PASS + EPOCHS * EPOCH + JUDGEMENT + PASS  # of a block
+PASS, EPOCH = 1.0, 3.0  # a forward pass, of which the start's loss and the outputs take one each; an epoch
 
 
 @dataclass(frozen=True)
@@ -59,6 +58,7 @@ def play(
     """
     chained = stages > 1 and not independent  # whose last epoch waits for the predecessor
     travel = stream_bytes / bandwidth if stages > 1 else 0.0
+    sample = SAMPLE / (SEQUENCES * LENGTH) * PASS if chained else 0.0
     free = [0.0] * stages
     target = given = float("-inf")  # when the predecessor's full-precision and fused outputs are there
     for block in range(blocks):
@@ -67,11 +67,11 @@ def play(
         now += (EPOCHS - 1) * EPOCH * forward + undivided
         if chained:
             now = max(now, given)
-        now += (EPOCH + JUDGEMENT + PASS) * forward
+        now += (EPOCH + sample + PASS) * forward
         given = now + travel
-        free[block % stages] = now
+        free[block % stages] = now + PASS * forward
     seconds = max(free)
-    busy = blocks * (PASSES * forward + undivided) / (seconds * stages)
+    busy = blocks * ((PASS + EPOCHS * EPOCH + sample + 2 * PASS) * forward + undivided) / (seconds * stages)
     messages = (blocks - 1) * (1 + chained) if stages > 1 else 0
     return Played(seconds, busy, messages * stream_bytes / stages)
 
@@ -90,6 +90,7 @@ def main() -> None:
     blocks, hidden = SHAPES[given.shape]
     stream = SEQUENCES * LENGTH * hidden * 2  # bfloat16
     one = play(blocks, 1, given.forward_seconds, stream, 1.0).seconds
+    units = PASS + EPOCHS * EPOCH + 2 * PASS
     table = Table(
         "GPUs", "mode", "stages × members", "minutes", "speed-up", "of the ideal", "busy", "sent by each (GB)",
         "streams of each (GB)",
@@ -101,7 +102,7 @@ def main() -> None:
             if members > 8:  # a batch of 8 has no more parts
                 continue
             undivided = given.undivided_seconds * (members > 1)
-            divided = given.forward_seconds - undivided / PASSES
+            divided = given.forward_seconds - undivided / units
             played = play(
                 blocks, stages, divided / members, stream / members, 1e9 * given.gigabytes_per_second,
                 mode == "independent", undivided,

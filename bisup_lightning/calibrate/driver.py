@@ -31,8 +31,9 @@ from bisup_lightning.model.statistics import InputStatistics
 from bisup_lightning.quant.spec import Scheme
 from bisup_lightning.transform.transform import Transform
 
-SAMPLE = 16  # sequences on which a trained block is compared with its start
-CLEARLY = 0.97  # of the start's loss: on more than that, all of the text decides
+SAMPLE = 2**15  # tokens on which a trained block is compared with its start before its successor waits any longer
+CLEARLY = 0.95  # of the start's loss: on more than that, all of the text decides
+ALIKE = 0.1  # by which the trained block's loss on the sample and on all of the text may differ; else likewise
 
 Memory = Literal["auto", "low"]
 MakeTrainer = Callable[[int, int], Trainer]
@@ -45,8 +46,7 @@ class BlockResult:
     Args:
         index: Its place in the model.
         tensors: What the artifact holds of it, by full name: packed weights, clips, norms, the prompt's K and V.
-        loss_initial: Mean square error of the start (rounding with grid-searched clips). Where a sample of the text
-            decided between the two blocks, `loss_final` times the ratio of their errors on the sample.
+        loss_initial: Mean square error of the start (rounding with grid-searched clips).
         loss_final: Mean square error of the fused block.
         relative_mse: `loss_final` over the mean square of the full-precision output.
         kept_start: Whether learning found nothing better than the start.
@@ -144,7 +144,7 @@ class BlockWalk:
         self.inputs: LayerInputs
         self.prompt_1PD: Tensor
         self.next_block = 0
-        self.loss_initial: Tensor | float = math.nan  # of the block at hand, on a sample of the text while it learns
+        self.loss_initial: Tensor | float = math.nan  # of the block at hand
 
     def prepare(self) -> None:
         """Let the callbacks set up before the streams are made."""
@@ -268,7 +268,7 @@ class BlockWalk:
 
         block = self._block(index, tensors, positions, statistics, prompt)
         start = hold_dense(self.solver.start(block), self.model.dtype)
-        self.loss_initial = math.nan if self.relay.arriving else self.inputs.loss_q(block.run(start), SAMPLE)
+        self.loss_initial = math.nan if self.relay.arriving else self.inputs.loss_q(block.run(start))
         clock.lap("start")
         self.reader.read_ahead(index + self.relay.stages)
         if not self.solver.learns:
@@ -279,13 +279,18 @@ class BlockWalk:
         clock.lap("solve")
         self.relay.receive_final(self.inputs)
         outputs, loss = self.inputs.outputs_q(block.run(layer))
-        if layer is start:
-            self.loss_initial = loss
-        elif not self._is_better(outputs, loss, block.run(start)):
+        in_no_doubt = (
+            self.relay.arriving and layer is not start and self._clearly_better(outputs, loss, block.run(start))
+        )
+        if self.relay.arriving and not in_no_doubt:  # judged on the inputs that the trained block is judged on
+            self.loss_initial = self.inputs.loss_q(block.run(start))
+        if not in_no_doubt and not loss < self.loss_initial and layer is not start:  # not less is NaN, too
             layer = start
             del outputs  # or there would be a fourth copy
             outputs, loss = self.inputs.outputs_q(block.run(layer))
         self.relay.send_final(outputs)
+        if in_no_doubt:
+            self.loss_initial = self.inputs.loss_q(block.run(start))
         self.inputs.advance_q(outputs)
         clock.lap("advance")
         tensors = self._stored(index, layer, prompt)
@@ -340,15 +345,16 @@ class BlockWalk:
         block = self._block(index, tensors, positions, statistics, prompt)
         self.inputs.loss_q(block.run(hold_dense(self.solver.start(block), self.model.dtype)), few)
 
-    def _is_better(self, outputs_NTD: Tensor, loss: Tensor, start: Run) -> bool:
-        """Whether a trained block's outputs are better than what its start gives, on a sample or on all of the text."""
-        on_sample = self.inputs.loss_of(outputs_NTD, SAMPLE)
-        of_start = self.inputs.loss_q(start, SAMPLE) if self.relay.arriving else self.loss_initial
-        if math.isfinite(loss) and on_sample < CLEARLY * of_start:
-            self.loss_initial = of_start * (loss / on_sample)
-            return True
-        self.loss_initial = self.inputs.loss_q(start)
-        return bool(loss < self.loss_initial)
+    def _clearly_better(self, outputs_NTD: Tensor, loss: Tensor, start: Run) -> bool:
+        """Whether a few sequences leave no doubt, so that the successor need not wait for the start's loss on all.
+
+        They do not speak for the others where the trained block's own loss is another there: a few tokens of the text
+        may make up most of it.
+        """
+        sample = -(-SAMPLE // outputs_NTD.shape[1])
+        on_sample = self.inputs.loss_of(outputs_NTD, sample)
+        speaks_for_all = (on_sample - loss).abs() < ALIKE * loss  # false if NaN
+        return bool(speaks_for_all & (on_sample < CLEARLY * self.inputs.loss_q(start, sample)))
 
     def _positions(self, index: int) -> Positions:
         return self.model.positions(index, self.inputs.fp.shape[1], len(self.prompt_ids))

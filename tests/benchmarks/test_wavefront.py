@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 
 from benchmarks.wavefront import play
 
-BLOCK = 1 + 5 * 3 + 1 / 8 + 1  # forward passes: full precision, five epochs, the start on a sample, outputs
-LINK = 3 + 1 / 8 + 1  # between one block's final outputs and the next one's: an epoch, the sample, the outputs
+BLOCK = 1 + 5 * 3 + 2  # forward passes: full precision, five epochs, outputs and the start's loss
+LINK = 3 + 1 / 8 + 1  # between one block's final outputs and the next one's: an epoch, a sample, the outputs
 
 
 def test_one_stage_computes_one_block_after_another():
@@ -27,14 +27,16 @@ def test_a_wavefront_is_held_up_by_its_stages_or_by_its_chain_and_by_nothing_els
     seconds = play(blocks, stages, 1.0, travel, 1.0).seconds
     begun, finished = [], []
     for block in range(blocks):
-        free = finished[block - stages] if block >= stages else 0.0
+        free = finished[block - stages] + 1 if block >= stages else 0.0
         begun.append(max(free, begun[-1] + 1 + travel) if block else 0.0)
         waited = finished[-1] + travel if block else 0.0
         finished.append(max(begun[-1] + 1 + 4 * 3, waited) + LINK)
-    assert seconds == pytest.approx(max(finished))
+    assert seconds == pytest.approx(max(finished) + 1)
 
 
-@pytest.mark.parametrize(("stages", "period"), [(2, BLOCK / 2), (4, BLOCK / 4), (5, LINK), (8, LINK)])
+@pytest.mark.parametrize(
+    ("stages", "period"), [(2, (BLOCK + 1 / 8) / 2), (4, (BLOCK + 1 / 8) / 4), (5, LINK), (8, LINK)]
+)
 def test_in_the_long_run_a_block_takes_its_part_of_the_stages_or_a_link_of_the_chain(stages, period):
     assert play(4000, stages, 1.0, 0.0, 1.0).seconds / 4000 == pytest.approx(period, rel=0.01)
 
@@ -42,7 +44,7 @@ def test_in_the_long_run_a_block_takes_its_part_of_the_stages_or_a_link_of_the_c
 def test_independent_blocks_wait_for_full_precision_inputs_alone():
     """With a stage for each block: the passes of all blocks, then what is left of the last one."""
     played = play(10, 10, 1.0, 7.0, 1e30, independent=True)
-    assert played.seconds == pytest.approx(10 + 5 * 3 + 1 / 8 + 1)
+    assert played.seconds == pytest.approx(10 + 5 * 3 + 2)
     assert played.bytes_sent == 9 * 7.0 / 10
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from bisup_lightning.calibrate import driver
+from bisup_lightning.calibrate.driver import BlockWalk
 from bisup_lightning.cli import main
 from bisup_lightning.data.corpus import CalibrationData, calibration_tokens
 from bisup_lightning.data.layer_inputs import LayerInputs
@@ -138,32 +141,27 @@ def test_the_first_blocks_start_is_rounding(checkpoint, watched_fit):
     assert learned["loss_final"] < 0.95 * rounded["loss_final"]
 
 
-def test_where_a_sample_decides_the_start_is_estimated_from_it(checkpoint, watched_fit):
-    """Of 64 sequences, 16 are a sample: the first block's start is rounding, whose error on all of them is known."""
-    many, on_sample = ("--data.num_samples=64", "--data.seq_len=16", *W3A3), []
-    for solver in (RTN, BISUP):
-        run = watched_fit(checkpoint, solver, *many, name=solver[-3:])
-        x_fp, x_q = (stream[:16].double() for stream in Watch.streams[1])
-        on_sample.append((x_q - x_fp).square().mean().item())
-    rounded, learned = (block_metrics(run.with_name(solver[-3:]))[0] for solver in (RTN, BISUP))
-    assert learned["loss_initial"] == pytest.approx(learned["loss_final"] * on_sample[0] / on_sample[1], rel=1e-5)
-    assert learned["loss_initial"] != rounded["loss_final"]
-    assert learned["loss_initial"] == pytest.approx(rounded["loss_final"], rel=0.1)
-
-
-def test_a_loss_that_is_not_finite_behind_the_sample_keeps_the_start(checkpoint, watched_fit, monkeypatch):
-    """On the sample a trained block may look better all the same."""
-    whole = LayerInputs.outputs_q
-
-    def broken(inputs, run):
-        outputs, loss = whole(inputs, run)
-        broken.calls += 1
-        return outputs, loss * (math.nan if broken.calls == 1 else 1)
-
-    broken.calls = 0
-    monkeypatch.setattr(LayerInputs, "outputs_q", broken)
-    run = watched_fit(checkpoint, BISUP, "--data.num_samples=64", "--data.seq_len=16")
-    assert [entry["kept_start"] for entry in block_metrics(run)] == [True, False, False]
+@pytest.mark.parametrize(
+    ("on_sample", "behind", "expected"),
+    [
+        (0.9, 0.9, True),
+        (0.9, 0.95, True),
+        (0.98, 0.9, False),  # not clearly
+        (0.9, 1.5, False),  # the sample does not speak for the rest
+        (0.9, 0.1, False),
+        (0.9, math.nan, False),
+        (math.nan, 0.9, False),
+    ],
+)
+def test_a_sample_leaves_no_doubt_where_it_is_like_the_rest(monkeypatch, on_sample, behind, expected):
+    """Losses of a trained block on 16 of 32 sequences, and on the others, over those of its start."""
+    x_NTD = torch.ones(32, 4, 8)
+    inputs = LayerInputs(torch.zeros_like(x_NTD), x_NTD, torch.device("cpu"), 8)
+    outputs_NTD = x_NTD * torch.tensor([on_sample, behind]).sqrt().repeat_interleave(16).view(-1, 1, 1)
+    loss = inputs.loss_of(outputs_NTD)
+    walk = SimpleNamespace(inputs=inputs)
+    monkeypatch.setattr(driver, "SAMPLE", 16 * 4)
+    assert BlockWalk._clearly_better(walk, outputs_NTD, loss, lambda x_BTD: x_BTD) is expected
 
 
 def test_gptq_beats_rounding_where_only_weights_are_quantized(checkpoint, watched_fit):
