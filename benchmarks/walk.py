@@ -39,7 +39,7 @@ class Timeline(WalkCallback):
 
     ends: ClassVar[list[float]] = []
     busy: ClassVar[float] = float("nan")
-    gaps: ClassVar[list[tuple[float, float, str]]] = []  # seconds idle, since the block's begin, and the kernel behind
+    gaps: ClassVar[list[tuple[float, float, str]]] = []  # seconds idle, since the first kernel, and the kernel behind
     profiled = COMPILING
 
     def on_block_start(self, walk: BlockWalk, index: int) -> None:

@@ -1,6 +1,7 @@
 """Calibration of one block as a LightningModule: its parameters are Θ (paper §4.4, Algorithm A1, lines 7-14)."""
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,7 +22,7 @@ from bisup_lightning.model.linear import QuantLinear
 from bisup_lightning.quant.compiled import compiled_on_gpu
 
 MIN_CLIP = 1e-2  # a clip value is positive: it scales Δ
-UNRECORDED = 2  # steps before one is recorded: the first compiles, and the device computes as long as recording takes
+UNRECORDED = 2  # steps before the one that is recorded: the first compiles, and recording takes as long as both compute
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ class BlockCalibration(LightningModule):
         self.losses: tuple[Tensor | float, int] = (0.0, 0)  # their sum over the epoch so far, and of how many sequences
         self.recording = not frugal  # on a GPU; what is recorded keeps its memory
         self.recorded: RecordedStep | None = None
-        self.alike: tuple[torch.Size | None, int] = None, 0  # shape of the last steps' first micro-batches; how many
+        self.unrecorded: Counter[torch.Size] = Counter()  # steps so far, by the shape of their first micro-batch
         for module in layer.modules():
             if isinstance(module, QuantLinear):
                 module.frugal = frugal
@@ -139,11 +140,9 @@ class BlockCalibration(LightningModule):
         return loss.detach(), torch.autograd.grad(loss, list(self.theta.values()), allow_unused=True)
 
     def _record(self, x_bTD: Tensor, target_bTD: Tensor) -> None:
-        """On a GPU, record the third step, while the device is busy with those before; the others replay it."""
+        """On a GPU, record the third step of a shape; the others replay it."""
         wanted = self.recording and self.recorded is None and not torch.is_anomaly_enabled()  # which reads numbers
-        shape, count = self.alike
-        self.alike = x_bTD.shape, count + 1 if shape == x_bTD.shape else 1
-        if x_bTD.is_cuda and wanted and self.alike[1] > UNRECORDED:
+        if x_bTD.is_cuda and wanted and self.unrecorded[x_bTD.shape] == UNRECORDED:
             try:
                 self.recorded = RecordedStep(self._step, x_bTD, target_bTD)
             except RuntimeError as error:
@@ -151,6 +150,7 @@ class BlockCalibration(LightningModule):
                     raise
                 self.recording = False  # a step by itself had enough, as one has run
                 torch.cuda.empty_cache()
+        self.unrecorded[x_bTD.shape] += 1
 
     def forget(self) -> None:
         """Let go of what the recorded step holds."""

@@ -1,5 +1,6 @@
 """The walk over the blocks: Algorithm A1 of the paper, one block in memory at a time."""
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ SAMPLE = 2**15  # tokens on which a trained block is compared with its start bef
 CLEARLY = 0.95  # of the start's loss: on more than that, all of the text decides
 ALIKE = 0.1  # by which the trained block's loss on the sample and on all of the text may differ; else likewise
 
+log = logging.getLogger(__name__)
 Memory = Literal["auto", "low"]
 MakeTrainer = Callable[[int, int], Trainer]
 
@@ -291,6 +293,8 @@ class BlockWalk:
         self.relay.send_final(outputs)
         if in_no_doubt:
             self.loss_initial = self.inputs.loss_q(block.run(start))
+            if not loss < self.loss_initial:
+                log.warning(f"block {index} is worse than its start on all of the text, though not on a sample")
         self.inputs.advance_q(outputs)
         clock.lap("advance")
         tensors = self._stored(index, layer, prompt)
@@ -343,7 +347,9 @@ class BlockWalk:
         self.inputs.loss_q(lambda hidden_BTD: run_layer_fast(layer, hidden_BTD, positions, kv), few)
         statistics.add_pass()
         block = self._block(index, tensors, positions, statistics, prompt)
-        self.inputs.loss_q(block.run(hold_dense(self.solver.start(block), self.model.dtype)), few)
+        start = block.run(hold_dense(self.solver.start(block), self.model.dtype))
+        for sample in (few, self._sample):  # which may be fewer than a batch
+            self.inputs.loss_q(start, sample)
 
     def _clearly_better(self, outputs_NTD: Tensor, loss: Tensor, start: Run) -> bool:
         """Whether a few sequences leave no doubt, so that the successor need not wait for the start's loss on all.
@@ -351,10 +357,14 @@ class BlockWalk:
         They do not speak for the others where the trained block's own loss is another there: a few tokens of the text
         may make up most of it.
         """
-        sample = -(-SAMPLE // outputs_NTD.shape[1])
-        on_sample = self.inputs.loss_of(outputs_NTD, sample)
+        on_sample = self.inputs.loss_of(outputs_NTD, self._sample)
         speaks_for_all = (on_sample - loss).abs() < ALIKE * loss  # false if NaN
-        return bool(speaks_for_all & (on_sample < CLEARLY * self.inputs.loss_q(start, sample)))
+        return bool(speaks_for_all & (on_sample < CLEARLY * self.inputs.loss_q(start, self._sample)))
+
+    @property
+    def _sample(self) -> int:
+        """Sequences of the sample, of all members."""
+        return -(-SAMPLE // self.inputs.fp.shape[1])
 
     def _positions(self, index: int) -> Positions:
         return self.model.positions(index, self.inputs.fp.shape[1], len(self.prompt_ids))

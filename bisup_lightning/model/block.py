@@ -253,7 +253,7 @@ def learn_by_codes(layer: nn.Module, on: bool = True) -> None:
         linears = [_part(layer, name, QuantLinear) for name in entry.linears] if on else []
         quantizer.with_codes = on and all(multiplies(quantizer.segments, x.segments, x.weight) for x in linears)
         if entry is MLP_ACTIVATION:
-            split_gate(layer, on=quantizer.with_codes and not quantizer.rotated and quantizer.order is None)
+            split_gate(layer, on=quantizer.with_codes and not quantizer.rotated)
 
 
 @torch.no_grad()

@@ -81,7 +81,7 @@ class InputQuantizer(nn.Module):
         """⟨x⟩ in x's dtype."""
         clips = [as_stored(clip, self.storage_dtype) for clip in self.clips]
         with_codes = self.with_codes and torch.is_grad_enabled()
-        if isinstance(x_BTI, Gated):  # which is never arranged
+        if isinstance(x_BTI, Gated):  # which has no other order; where it is rotated, the product comes instead
             if with_codes:
                 return integer_product.coded_rows(x_BTI.gate, self.segments[0], clips[0], x_BTI.up)
             x_BTI = x_BTI.product()

@@ -11,7 +11,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bisup_lightning.calibrate import driver
 from bisup_lightning.calibrate.driver import BlockWalk
 from bisup_lightning.cli import main
 from bisup_lightning.data.corpus import CalibrationData, calibration_tokens
@@ -153,14 +152,13 @@ def test_the_first_blocks_start_is_rounding(checkpoint, watched_fit):
         (math.nan, 0.9, False),
     ],
 )
-def test_a_sample_leaves_no_doubt_where_it_is_like_the_rest(monkeypatch, on_sample, behind, expected):
+def test_a_sample_leaves_no_doubt_where_it_is_like_the_rest(on_sample, behind, expected):
     """Losses of a trained block on 16 of 32 sequences, and on the others, over those of its start."""
     x_NTD = torch.ones(32, 4, 8)
     inputs = LayerInputs(torch.zeros_like(x_NTD), x_NTD, torch.device("cpu"), 8)
     outputs_NTD = x_NTD * torch.tensor([on_sample, behind]).sqrt().repeat_interleave(16).view(-1, 1, 1)
     loss = inputs.loss_of(outputs_NTD)
-    walk = SimpleNamespace(inputs=inputs)
-    monkeypatch.setattr(driver, "SAMPLE", 16 * 4)
+    walk = SimpleNamespace(inputs=inputs, _sample=16)
     assert BlockWalk._clearly_better(walk, outputs_NTD, loss, lambda x_BTD: x_BTD) is expected
 
 

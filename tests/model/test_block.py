@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from bisup_lightning.calibrate.block_calibration import BlockCalibration, Optimization
+from bisup_lightning.model import block
 from bisup_lightning.model.block import (
     Theta,
     add_theta,
@@ -15,6 +16,7 @@ from bisup_lightning.model.block import (
     fuse_layer,
     is_clip,
     is_fused,
+    learn_by_codes,
     pack_layer,
     quantize_layer,
     stored_tensors,
@@ -472,6 +474,20 @@ def test_quantize_layer_leaves_the_checkpoints_tensors_alone(scheme):
     output(family, layer, scheme)
     fuse_layer(layer)
     assert all(torch.equal(tensors[name], copies[name]) for name in tensors)
+
+
+@every_scheme
+def test_a_layer_that_would_learn_by_codes_computes_the_same_and_is_fused_as_one_that_would_not(monkeypatch, scheme):
+    """Codes come along with gradients alone; the factors of a gate, where they are not mixed, at any time."""
+    monkeypatch.setattr(block, "multiplies", lambda *arguments: True)
+    family, layer = quantized("llama", scheme, orders=with_orders(family_of("llama"), scheme))
+    before, mlp = output(family, layer, scheme), layer.get_submodule("mlp")
+    learn_by_codes(layer)
+    assert ("forward" in vars(mlp)) is not scheme.hadamard
+    assert torch.equal(output(family, layer, scheme), before)
+    fuse_layer(layer)
+    assert "forward" not in vars(mlp)
+    assert torch.equal(output(family, layer, scheme), before)
 
 
 # --- learning ---------------------------------------------------------------------------------------------------------
