@@ -281,12 +281,10 @@ class BlockWalk:
         clock.lap("solve")
         self.relay.receive_final(self.inputs)
         outputs, loss = self.inputs.outputs_q(block.run(layer))
-        in_no_doubt = (
-            self.relay.arriving and layer is not start and self._clearly_better(outputs, loss, block.run(start))
-        )
+        in_no_doubt = self.relay.arriving and self._clearly_better(outputs, loss, block.run(start))
         if self.relay.arriving and not in_no_doubt:  # judged on the inputs that the trained block is judged on
             self.loss_initial = self.inputs.loss_q(block.run(start))
-        if not in_no_doubt and not loss < self.loss_initial and layer is not start:  # not less is NaN, too
+        if not (in_no_doubt or layer is start or loss < self.loss_initial):  # NaN is not less, either
             layer = start
             del outputs  # or there would be a fourth copy
             outputs, loss = self.inputs.outputs_q(block.run(layer))
