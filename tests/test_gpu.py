@@ -1,5 +1,7 @@
 """What only a GPU can show; skipped without one. The last result on one is kept in benchmarks/RESULTS.md."""
 
+import copy
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -13,7 +15,7 @@ from bisup_lightning.hub.load import open_quantized
 from bisup_lightning.model.block import Theta, add_theta, learn_by_codes, quantize_layer, theta_parameters
 from bisup_lightning.model.blockwise import BlockwiseModel, run_layer
 from bisup_lightning.model.kv import BlockKV, KVQuantizer
-from bisup_lightning.model.linear import InputQuantizer
+from bisup_lightning.model.linear import InputQuantizer, QuantLinear
 from bisup_lightning.quant.spec import Precision, QuantSpec, Scheme
 from tests.inputs import DEMO
 from tests.tools import BISUP, CutOff, Interrupted, contents, with_callback
@@ -142,19 +144,28 @@ def test_a_step_by_codes_is_as_close_to_float32_as_one_by_values(group_size, had
 
 @pytest.mark.parametrize("step", [block_loss.__wrapped__, block_loss], ids=["eager", "compiled"])
 def test_a_recorded_step_gives_the_same_bits_as_one_that_is_not(step):
+    """Also of another block, whose tensors it is given."""
     torch.compiler.reset()
-    theta, layer, x, target, *rest = step_of_the_bundled_model(torch.bfloat16, 128, by_codes=True)
+    theta, layer, x, target, positions, kv = step_of_the_bundled_model(torch.bfloat16, 128, by_codes=True)
 
-    def found(x, target):
-        value = step(layer, x, target, *rest)
-        return value.detach(), torch.autograd.grad(value, list(theta.values()))
+    def found(layer, *given):
+        value = step(layer, *given)
+        return value.detach(), torch.autograd.grad(value, list(theta_parameters(layer).values()))
 
-    _, before = found(x, target)
-    recorded = RecordedStep(found, x, target)
+    _, before = found(layer, x, target, positions, kv)
+    recorded = RecordedStep(found, layer, positions, kv, x, target)
     assert recorded.takes(x)
     assert not recorded.takes(x[:2])
-    for change in range(3):
-        (value, gradients), (replayed, others) = found(x, target), recorded(x, target)
+    other, other_kv = copy.deepcopy(layer), kv.copy()
+    with torch.no_grad():
+        for tensor in (*other.parameters(), *other_kv.prompt):
+            tensor.mul_(0.9)
+        for linear in (module for module in other.modules() if isinstance(module, QuantLinear)):
+            linear.weight.copy_(linear.weight.flip(0))
+    for change, (block, prompt) in enumerate([(layer, kv), (layer, kv), (other, other_kv), (layer, kv)]):
+        assert recorded.fits(block, positions, prompt)
+        recorded.follow(block, prompt)
+        (value, gradients), (replayed, others) = found(block, x, target, positions, prompt), recorded(x, target)
         assert torch.equal(value, replayed)
         assert all(torch.equal(one, other) for one, other in zip(gradients, others, strict=True))
         same = [torch.equal(one, first) for one, first in zip(gradients, before, strict=True)]

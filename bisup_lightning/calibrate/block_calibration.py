@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bisup_lightning.calibrate.epoch_log import EpochLog
-from bisup_lightning.calibrate.recorded_step import Gradients, RecordedStep, with_gradients
+from bisup_lightning.calibrate.recorded_step import (
+    Gradients,
+    RecordedStep,
+    leaves_room,
+    records,
+    with_gradients,
+)
 from bisup_lightning.data.share import WHOLE, Share
 from bisup_lightning.model.block import is_clip, learn_by_codes, theta_parameters
 from bisup_lightning.model.blockwise import Positions, run_layer, run_layer_in_halves
@@ -80,6 +86,7 @@ class BlockCalibration(LightningModule):
         micro_batch: Sequences to compute at a time; gradients add up over a batch. None for the whole batch.
         share: The processes that train this block together, each on its part of every batch.
         frugal: Whether to save memory at the cost of a second forward pass.
+        recorded: The step that was recorded for another block, which may fit this one.
     """
 
     def __init__(
@@ -93,6 +100,7 @@ class BlockCalibration(LightningModule):
         micro_batch: int | None = None,
         share: Share = WHOLE,
         frugal: bool = False,
+        recorded: RecordedStep | None = None,
     ) -> None:
         super().__init__()
         self.layer = layer
@@ -108,6 +116,9 @@ class BlockCalibration(LightningModule):
         self.losses: tuple[Tensor | float, int] = (0.0, 0)  # their sum over the epoch so far, and of how many sequences
         self.recording = not frugal  # on a GPU; what is recorded keeps its memory
         self.recorded: RecordedStep | None = None
+        if self.recording and recorded is not None and recorded.fits(layer, positions, kv, micro_batch):
+            recorded.follow(layer, kv)
+            self.recorded = recorded
         self.unrecorded: Counter[torch.Size] = Counter()  # steps so far, by the shape of their first micro-batch
         for module in layer.modules():
             if isinstance(module, QuantLinear):
@@ -125,8 +136,7 @@ class BlockCalibration(LightningModule):
         self._record(*parts[0])
         loss, total = x_BTD.new_zeros(()), x_BTD.new_zeros((), dtype=torch.float32)
         for place, (x_bTD, target_bTD) in enumerate(parts):
-            step = self.recorded if self.recorded is not None and self.recorded.takes(x_bTD) else self._step
-            loss = with_gradients(*step(x_bTD, target_bTD), list(self.theta.values()))
+            loss = with_gradients(*self._step(x_bTD, target_bTD), list(self.theta.values()))
             loss = loss * (len(x_bTD) / (len(x_BTD) * self.share.members))
             total = total + loss.detach()
             if place < len(parts) - 1:
@@ -135,16 +145,32 @@ class BlockCalibration(LightningModule):
         return loss
 
     def _step(self, x_bTD: Tensor, target_bTD: Tensor) -> tuple[Tensor, Gradients]:
-        """The loss of a micro-batch and its gradients; nothing of autograd stays, which would tie up a recording."""
-        loss = self.loss(self.layer, x_bTD, target_bTD, self.positions, self.kv)
-        return loss.detach(), torch.autograd.grad(loss, list(self.theta.values()), allow_unused=True)
+        """The loss of a micro-batch and its gradients, recorded or not."""
+        if self._is_recorded(x_bTD):
+            assert self.recorded is not None
+            return self.recorded(x_bTD, target_bTD)
+        return self._loss_and_gradients(self.layer, x_bTD, target_bTD, self.positions, self.kv)
+
+    def _loss_and_gradients(
+        self, layer: nn.Module, x_bTD: Tensor, target_bTD: Tensor, positions: Positions, kv: BlockKV
+    ) -> tuple[Tensor, Gradients]:
+        """Nothing of autograd stays, which would tie up a recording."""
+        loss = self.loss(layer, x_bTD, target_bTD, positions, kv)
+        theta = list(theta_parameters(layer).values())
+        return loss.detach(), torch.autograd.grad(loss, theta, allow_unused=True)
+
+    def _is_recorded(self, x_bTD: Tensor) -> bool:
+        ready = self.recorded is not None and self.recorded.takes(x_bTD)
+        return ready and not torch.is_anomaly_enabled()  # which reads numbers
 
     def _record(self, x_bTD: Tensor, target_bTD: Tensor) -> None:
-        """On a GPU, record the third step of a shape; the others replay it."""
-        wanted = self.recording and self.recorded is None and not torch.is_anomaly_enabled()  # which reads numbers
-        if x_bTD.is_cuda and wanted and self.unrecorded[x_bTD.shape] == UNRECORDED:
+        """On a GPU, record the third step of a shape; the others replay it, and other blocks' where memory allows."""
+        wanted = self.recording and self.recorded is None and not torch.is_anomaly_enabled()
+        if records(x_bTD.device) and wanted and self.unrecorded[x_bTD.shape] == UNRECORDED:
             try:
-                self.recorded = RecordedStep(self._step, x_bTD, target_bTD)
+                self.recorded = RecordedStep(
+                    self._loss_and_gradients, self.layer, self.positions, self.kv, x_bTD, target_bTD
+                )
             except RuntimeError as error:
                 if "out of memory" not in str(error):
                     raise
@@ -157,6 +183,11 @@ class BlockCalibration(LightningModule):
         if self.recorded is not None:
             self.recorded = None
             torch.cuda.empty_cache()
+
+    def make_room(self) -> None:
+        """Let go of it where others, and callbacks, may need its memory."""
+        if self.recorded is not None and not leaves_room(self.device):
+            self.forget()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Add up gradients and loss over the processes, and losses over the epoch."""
@@ -183,8 +214,8 @@ class BlockCalibration(LightningModule):
         """Log the epoch's mean loss behind its last batch; every `log` takes the host as long as a small step."""
         if self.trainer.is_last_batch:
             self._log_loss()
-        if self.global_step == self.steps:  # callbacks may want the memory
-            self.forget()
+        if self.global_step == self.steps:
+            self.make_room()
 
     def _log_loss(self) -> None:
         total, count = self.losses
@@ -201,9 +232,9 @@ class BlockCalibration(LightningModule):
             self.trainer.should_stop = True
 
     def on_train_end(self) -> None:
-        """Tell the loggers everything, and let go of what the recorded step holds."""
+        """Tell the loggers everything."""
         self.epoch_log.tell(self.loggers)
-        self.forget()
+        self.make_room()
 
     def cpu(self) -> "BlockCalibration":
         """Stay: a Trainer that is done would move the block to the host, and the walk wants it where it is."""

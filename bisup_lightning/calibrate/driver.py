@@ -236,6 +236,7 @@ class BlockWalk:
         finally:
             self.relay.stop()
             self.reader.close()
+            self.solver.close()
             try:
                 self._tell("on_walk_end")
             finally:

@@ -3,27 +3,34 @@
 Shape suffixes: B sequences, T tokens, D hidden size.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bisup_lightning.data.streams import side_stream
+from bisup_lightning.model.block import theta_parameters
+from bisup_lightning.model.blockwise import Positions
+from bisup_lightning.model.kv import BlockKV
 
 Gradients = tuple[Tensor | None, ...]
-Step = Callable[[Tensor, Tensor], tuple[Tensor, Gradients]]
+Step = Callable[[nn.Module, Tensor, Tensor, Positions, BlockKV], tuple[Tensor, Gradients]]
 
 
 class RecordedStep:
-    """The loss of a batch and its gradients as a CUDA graph: the very kernels of the step that was recorded.
+    """The loss of a batch and the gradients of Θ as a CUDA graph, for one block after another.
 
-    Hooks of the block's modules are not called when it is replayed.
+    The graph computes with a twin of the block that it was recorded with. Before it is replayed, it gets the tensors of
+    the block that learns: W and the like once for each block, Θ at every step. Hooks of its modules are not called.
 
     Args:
-        step: Gives loss and gradients from inputs and target. It has run before, so that all is compiled and in place;
-            what else it depends on, the parameters, changes in place alone.
+        step: Gives loss and gradients. It has run before, so that all is compiled.
+        layer: A quantized layer with Θ.
+        positions: Where the tokens stand.
+        kv: Prompt in front, the rest quantized.
         x_BTD: Inputs such as those of the steps to come.
         target_BTD: Target likewise.
 
@@ -31,35 +38,80 @@ class RecordedStep:
         RuntimeError: If there is no memory for another step, beside what is kept for those that are not recorded.
     """
 
-    def __init__(self, step: Step, x_BTD: Tensor, target_BTD: Tensor) -> None:
-        device = x_BTD.device
+    def __init__(
+        self, step: Step, layer: nn.Module, positions: Positions, kv: BlockKV, x_BTD: Tensor, target_BTD: Tensor
+    ) -> None:
         self.batch = x_BTD.clone(), target_BTD.clone()
-        self.graph = torch.cuda.CUDAGraph()
-        if torch.cuda.mem_get_info(device)[0] < torch.cuda.memory_reserved(device):
-            torch.cuda.empty_cache()  # the graph has its own memory, beside what earlier steps left
-        current, side = torch.cuda.current_stream(device), side_stream("recording", device)
-        side.wait_stream(current)
-        with torch.cuda.stream(side):
-            self.graph.capture_begin(capture_error_mode="thread_local")  # other threads read and write meanwhile
-            try:
-                self.found = step(*self.batch)
-            except BaseException:
-                with suppress(RuntimeError):  # of a graph that is not whole
-                    self.graph.capture_end()
-                raise
-            self.graph.capture_end()
-        current.wait_stream(side)
+        self.twin, self.positions, self.kv = copy.deepcopy(layer), positions, kv.copy()
+        self.theta: list[Tensor] = list(theta_parameters(self.twin).values())
+        self.found, self.replay = record(lambda: step(self.twin, *self.batch, self.positions, self.kv), x_BTD.device)
+        self.follow(layer, kv)
+
+    def fits(self, layer: nn.Module, positions: Positions, kv: BlockKV, micro_batch: int | None = None) -> bool:
+        """Whether the graph computes what another block of this walk does, given its tensors, on no larger batches."""
+        if micro_batch is not None and len(self.batch[0]) > micro_batch:
+            return False
+        own, given = (
+            {name: (x.shape, x.dtype) for name, x in _tensors(*block).items()}
+            for block in ((self.twin, self.kv), (layer, kv))
+        )
+        return positions is self.positions and kv.quantizer is self.kv.quantizer and own == given
+
+    @torch.no_grad()
+    def follow(self, layer: nn.Module, kv: BlockKV) -> None:
+        """Compute for another block, which fits."""
+        own, given = _tensors(self.twin, self.kv), _tensors(layer, kv)
+        torch._foreach_copy_(list(own.values()), [given[name] for name in own])
+        self.learned: list[Tensor] = list(theta_parameters(layer).values())
 
     def takes(self, x_BTD: Tensor) -> bool:
         """Whether a batch has the shape that was recorded."""
         return x_BTD.shape == self.batch[0].shape
 
+    @torch.no_grad()
     def __call__(self, x_BTD: Tensor, target_BTD: Tensor) -> tuple[Tensor, Gradients]:
         """Loss and gradients, until the next call."""
-        for recorded, given in zip(self.batch, (x_BTD, target_BTD), strict=True):
-            recorded.copy_(given)
-        self.graph.replay()
+        torch._foreach_copy_(self.batch, [x_BTD, target_BTD])
+        torch._foreach_copy_(self.theta, self.learned)
+        self.replay()
         return self.found
+
+
+def _tensors(layer: nn.Module, kv: BlockKV) -> dict[str, Tensor]:
+    prompt = {} if kv.prompt is None else dict(zip(("prompt's keys", "prompt's values"), kv.prompt, strict=True))
+    return {**dict(layer.named_parameters()), **dict(layer.named_buffers()), **prompt}
+
+
+def records(device: torch.device) -> bool:
+    """Whether steps can be recorded there."""
+    return device.type == "cuda"
+
+
+def leaves_room(device: torch.device) -> bool:
+    """Whether as much of a GPU's memory is free as this process has taken, for whatever others do with it."""
+    return torch.cuda.mem_get_info(device)[0] >= torch.cuda.memory_reserved(device)
+
+
+def record(
+    run: Callable[[], tuple[Tensor, Gradients]], device: torch.device
+) -> tuple[tuple[Tensor, Gradients], Callable[[], None]]:
+    """Record what a GPU does, on a stream of its own; what comes out of it, and what does it again."""
+    graph = torch.cuda.CUDAGraph()
+    if not leaves_room(device):
+        torch.cuda.empty_cache()  # the graph has its own memory, beside what earlier steps left
+    current, side = torch.cuda.current_stream(device), side_stream("recording", device)
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        graph.capture_begin(capture_error_mode="thread_local")  # other threads read and write meanwhile
+        try:
+            found = run()
+        except BaseException:
+            with suppress(RuntimeError):  # of a graph that is not whole
+                graph.capture_end()
+            raise
+        graph.capture_end()
+    current.wait_stream(side)
+    return found, graph.replay
 
 
 def with_gradients(loss: Tensor, gradients: Gradients, parameters: Sequence[Tensor]) -> Tensor:

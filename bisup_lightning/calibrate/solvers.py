@@ -12,6 +12,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from bisup_lightning.calibrate.block_calibration import BlockCalibration, Optimization
+from bisup_lightning.calibrate.recorded_step import RecordedStep
 from bisup_lightning.calibrate.run_reader import Partial, RunReader
 from bisup_lightning.calibrate.wavefront import Relay
 from bisup_lightning.data.datamodule import BlockBatches, BlockDataModule
@@ -114,6 +115,9 @@ class Solver(ABC):
     def solve(self, block: Block) -> nn.Module | None:
         """The fused block, or None where nothing better than the start was found."""
 
+    def close(self) -> None:  # noqa: B027  most keep nothing
+        """Let go of what was kept from one block to the next."""
+
 
 class RTN(Solver):
     """Rounding to nearest with grid-searched weight clips: the baseline (paper §5.1)."""
@@ -158,6 +162,7 @@ class BiSup(Solver):
             raise ValueError(f"solver.fp_epochs must be 0 or more and fewer than the {epochs} epochs, not {fp_epochs}")
         self.theta, self.optimization, self.epochs, self.fp_epochs = theta, optimization, epochs, fp_epochs or 0
         self.keep_theta, self.theta_from = keep_theta, theta_from
+        self._recorded: RecordedStep | None = None  # of the last block
 
     def start(self, block: Block) -> nn.Module:
         """What was learned before, if anything was."""
@@ -190,14 +195,16 @@ class BiSup(Solver):
             steps = self.epochs * len(batches)
             module = BlockCalibration(
                 layer, block.positions, block.kv, self.optimization, steps, attempt, micro_batch,
-                share=block.inputs.share, frugal=block.frugal,
+                share=block.inputs.share, frugal=block.frugal, recorded=self._recorded,
             )  # fmt: skip
+            self._recorded = None
             trainer = block.make_trainer(self.epochs)
             try:
                 trainer.fit(module, BlockDataModule(batches), ckpt_path=saved, weights_only=True)
             except torch.OutOfMemoryError as error:
                 out_of_memory = error.with_traceback(None)  # which would keep the failed step's tensors alive
             else:
+                self._recorded, module.recorded = module.recorded, None
                 return module, trainer.callback_metrics["loss"].item()
             module.forget()  # the Trainer keeps it until garbage is collected
             del layer, module, batches, trainer
@@ -209,6 +216,12 @@ class BiSup(Solver):
             block.inputs.halve(out_of_memory)
             if saved is not None and not saved.exists():  # a newer one has taken its place
                 saved = None
+
+    def close(self) -> None:
+        """Let go of the recorded step."""
+        if self._recorded is not None:
+            self._recorded = None
+            torch.cuda.empty_cache()
 
     def _learnable(self, block: Block) -> nn.Module:
         """The block with its Θ where learning begins."""

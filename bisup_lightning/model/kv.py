@@ -79,6 +79,12 @@ class BlockKV:
         k_HPd, v_HPd = self.prompt
         return _in_front(k_HPd, k_BHTd), _in_front(v_HPd, v_BHTd)
 
+    def copy(self) -> "BlockKV":
+        """The same with tensors of its own."""
+        return BlockKV(
+            self.quantizer, None if self.prompt is None else (self.prompt[0].clone(), self.prompt[1].clone())
+        )
+
 
 class KVRecorder:
     """Keeps the keys and values that a block makes of the prompt itself."""

@@ -1,0 +1,139 @@
+"""Steps that are recorded once for all blocks end where steps that are not do; what a CPU can show of it.
+
+Here a replay computes anew what a graph would replay: with the tensors, and the modules, that were recorded.
+"""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from bisup_lightning.calibrate import block_calibration, recorded_step
+from bisup_lightning.calibrate.run_reader import THETA
+from bisup_lightning.cli import main
+from tests.tools import BISUP, CutOff, Interrupted, Poison, contents, timeless, with_callback
+
+WINDOWS = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}
+ATOM = ("--config=configs/transform/atom.yaml", "--transform.outliers=16")
+
+
+@dataclass
+class Recorder:
+    recordings: int = 0
+    replays: int = 0
+    leaves_room: bool = True
+
+    def record(self, run, device):
+        found = run()
+        self.recordings += 1
+
+        def replay():
+            self.replays += 1
+            with torch.enable_grad():
+                loss, gradients = run()
+            found[0].copy_(loss)
+            for kept, gradient in zip(found[1], gradients, strict=True):
+                kept.copy_(gradient)
+
+        return found, replay
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    recorder = Recorder()
+    monkeypatch.setattr(recorded_step, "record", recorder.record)
+    monkeypatch.setattr(block_calibration, "records", lambda device: True)
+    monkeypatch.setattr(block_calibration, "leaves_room", lambda device: recorder.leaves_room)
+    return recorder
+
+
+def run_of(fit, checkpoint, folder, *more):
+    return fit(checkpoint, folder, BISUP, "--solver.epochs=2", "--data.num_samples=16", *more)
+
+
+def outcome(run):
+    return contents(run / "model"), timeless(run)["blocks"]
+
+
+def learned_unrecorded(fit, monkeypatch, checkpoint, folder, *more):
+    with monkeypatch.context() as patched:
+        patched.setattr(block_calibration, "records", lambda device: False)
+        return outcome(run_of(fit, checkpoint, folder, *more))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings", "more", "recordings"),
+    [
+        ("llama", {}, (), 1),
+        ("qwen2", {}, ("--config=configs/transform/quarot.yaml",), 1),
+        ("qwen3", {}, ATOM, 1),
+        ("qwen2", WINDOWS, ("--prompt.kind=none",), 2),  # the last two blocks see less, at other positions
+        ("llama", {}, ("--solver.theta.smoothing=none", "--solver.theta.low_rank=none"), 1),
+    ],
+)
+def test_one_recording_serves_all_blocks(
+    make_checkpoint, fit, monkeypatch, recorder, tmp_path, model_type, settings, more, recordings
+):
+    checkpoint = make_checkpoint(model_type, num_hidden_layers=4, **settings)
+    expected = learned_unrecorded(fit, monkeypatch, checkpoint, tmp_path / "plain", *more)
+    assert recorder.recordings == 0
+    assert outcome(run_of(fit, checkpoint, tmp_path / "recorded", *more)) == expected
+    assert recorder.recordings == recordings
+    assert recorder.replays == 4 * 8 - 2 * recordings  # of each recording's first block, two steps come before
+
+
+def test_without_room_every_block_records_anew(make_checkpoint, fit, monkeypatch, recorder, tmp_path):
+    checkpoint = make_checkpoint("llama")
+    expected = learned_unrecorded(fit, monkeypatch, checkpoint, tmp_path / "plain")
+    recorder.leaves_room = False
+    assert outcome(run_of(fit, checkpoint, tmp_path / "recorded")) == expected
+    assert (recorder.recordings, recorder.replays) == (2, 2 * (8 - 2))
+
+
+def test_a_smaller_last_batch_is_not_replayed(make_checkpoint, fit, monkeypatch, recorder, tmp_path):
+    checkpoint, more = make_checkpoint("llama"), ("--data.num_samples=15",)
+    expected = learned_unrecorded(fit, monkeypatch, checkpoint, tmp_path / "plain", *more)
+    assert outcome(run_of(fit, checkpoint, tmp_path / "recorded", *more)) == expected
+    assert (recorder.recordings, recorder.replays) == (1, 2 * 2 * 3 - 2)
+
+
+def test_a_second_attempt_goes_on_with_the_recording(make_checkpoint, fit, monkeypatch, recorder, tmp_path):
+    checkpoint, more = make_checkpoint("llama"), (with_callback(Poison), "--solver.epochs=3")
+    Poison.doses = 1
+    expected = learned_unrecorded(fit, monkeypatch, checkpoint, tmp_path / "plain", *more)
+    Poison.doses = 1
+    assert outcome(run_of(fit, checkpoint, tmp_path / "recorded", *more)) == expected
+    assert recorder.recordings == 1
+
+
+def test_a_run_that_was_cut_off_inside_a_block_ends_in_the_same_bytes(
+    make_checkpoint, fit_arguments, recorder, tmp_path
+):
+    saving = "{class_path: callbacks.checkpoint.BlockCheckpoint, init_args: {every_n_seconds: 0}}"
+    callbacks = f"--trainer.callbacks=[{{class_path: callbacks.fuse.Fuse}}, {saving}]"
+
+    def command(run):
+        return fit_arguments(
+            make_checkpoint("llama"), tmp_path / run, BISUP, "--solver.epochs=3", callbacks, with_callback(CutOff)
+        )
+
+    CutOff.steps_left = None
+    assert main(command("whole")) == 0
+    for step in (4, 9):  # inside the first block behind the recording; inside the second, where it is another's
+        CutOff.steps_left = step
+        with pytest.raises(Interrupted):
+            main(command(f"at-{step}"))
+        CutOff.steps_left = None
+        assert main(command(f"at-{step}")) == 0
+        assert contents(tmp_path / f"at-{step}" / "model") == contents(tmp_path / "whole" / "model")
+
+
+def test_theta_that_is_kept_is_the_block_s_own(make_checkpoint, fit, monkeypatch, recorder, tmp_path):
+    """Not what the recording computes with, which goes on to the next block."""
+    checkpoint, more = make_checkpoint("llama"), ("--solver.keep_theta=true",)
+    learned_unrecorded(fit, monkeypatch, checkpoint, tmp_path / "plain", *more)
+    run_of(fit, checkpoint, tmp_path / "recorded", *more)
+    plain, recorded = (contents(tmp_path / name / "blocks") for name in ("plain", "recorded"))
+    kept = [name for name in plain if name.endswith(THETA)]
+    assert len(kept) == 2
+    assert {name: plain[name] for name in kept} == {name: recorded[name] for name in kept}
