@@ -34,6 +34,7 @@ from bisup_lightning.calibrate.merge import merge
 from bisup_lightning.calibrate.parallel import Ranks, environment, join
 from bisup_lightning.calibrate.run_reader import CONFIG
 from bisup_lightning.calibrate.signals import Interrupted, Signals, requeue
+from bisup_lightning.calibrate.strategy import OneOfManyBlocks
 from bisup_lightning.configuration import check_file, flatten, one_line, root_message, trust
 from bisup_lightning.data.prompt import Prompt
 from bisup_lightning.data.share import PeerLost
@@ -84,6 +85,7 @@ def trainer_factory(
         return Trainer(
             **own,
             devices=1 if device.index is None else [device.index],
+            strategy=OneOfManyBlocks(device),
             logger=logger,
             callbacks=[c if isinstance(c, WalkCallback) else copy.deepcopy(c) for c in callbacks],
             max_epochs=epochs,

@@ -178,16 +178,17 @@ class BlockCalibration(LightningModule):
                 torch.cuda.empty_cache()
         self.unrecorded[x_bTD.shape] += 1
 
-    def forget(self) -> None:
-        """Let go of what the recorded step holds."""
-        if self.recorded is not None:
+    def make_room(self) -> None:
+        """Let go of the recorded step where others, and callbacks, may need its memory."""
+        if self.recorded is not None and not leaves_room(self.device):
             self.recorded = None
             torch.cuda.empty_cache()
 
-    def make_room(self) -> None:
-        """Let go of it where others, and callbacks, may need its memory."""
-        if self.recorded is not None and not leaves_room(self.device):
-            self.forget()
+    def release(self) -> tuple[nn.Module, dict[str, nn.Parameter], RecordedStep | None]:
+        """Give away layer, Θ and recorded step: a Trainer's cycles of references keep this module for long."""
+        released = self.layer, self.theta, self.recorded
+        self.layer, self.theta, self.clips, self.recorded = nn.Identity(), {}, [], None
+        return released
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Add up gradients and loss over the processes, and losses over the epoch."""
@@ -235,10 +236,6 @@ class BlockCalibration(LightningModule):
         """Tell the loggers everything."""
         self.epoch_log.tell(self.loggers)
         self.make_room()
-
-    def cpu(self) -> "BlockCalibration":
-        """Stay: a Trainer that is done would move the block to the host, and the walk wants it where it is."""
-        return self
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the epoch's losses, and the random generators: nothing here draws, but a user's callback may."""

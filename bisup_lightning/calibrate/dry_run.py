@@ -15,6 +15,7 @@ from bisup_lightning.calibrate.fit import transform
 from bisup_lightning.calibrate.job import Job, check, compiles, fingerprint
 from bisup_lightning.calibrate.measure import open_checkpoint
 from bisup_lightning.calibrate.run_store import RunStore
+from bisup_lightning.calibrate.strategy import OneOfManyBlocks
 from bisup_lightning.data.streams import free_host_bytes
 
 
@@ -100,6 +101,7 @@ def dry_run(job: Job) -> Forecast:
             one, two = (calibrate(walk, tokens_NT[:count]) for count in few)
         finally:
             walk.reader.close()
+            walk.solver.close()
     more = (job.data.num_samples - few[0]) / max(few[1] - few[0], 1)  # of what the second batch took
     rest = budget.streams * (job.data.num_samples - few[1]) // job.data.num_samples
     device = torch.cuda.max_memory_allocated(job.device) if budget.on_gpu else 0
@@ -124,6 +126,7 @@ def silent_trainers(device: torch.device) -> Callable[[int, int], Trainer]:
     return lambda index, epochs: Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu",
         devices=1,
+        strategy=OneOfManyBlocks(device),
         max_epochs=epochs,
         logger=False,
         enable_checkpointing=False,

@@ -89,7 +89,8 @@ def records(device: torch.device) -> bool:
 
 def leaves_room(device: torch.device) -> bool:
     """Whether as much of a GPU's memory is free as this process has taken, for whatever others do with it."""
-    return torch.cuda.mem_get_info(device)[0] >= torch.cuda.memory_reserved(device)
+    taken, (free, total) = torch.cuda.memory_reserved(device), torch.cuda.mem_get_info(device)
+    return min(free, torch.cuda.get_per_process_memory_fraction(device) * total - taken) >= taken
 
 
 def record(

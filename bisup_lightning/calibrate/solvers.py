@@ -175,16 +175,14 @@ class BiSup(Solver):
     def solve(self, block: Block) -> nn.Module | None:
         """Learn Θ; once more at a tenth of the learning rate if the loss is not finite; give up after that."""
         for attempt in range(block.partial.attempt if block.partial else 0, ATTEMPTS):
-            module, loss = self._train(block, attempt)
+            layer, theta, loss = self._train(block, attempt)
             if math.isfinite(loss):
-                block.learned = on_host(module.theta) if self.keep_theta else None
-                if not is_fused(module.layer):  # without the Fuse callback
-                    fuse_layer(module.layer)
-                return module.layer
+                block.learned = on_host(theta) if self.keep_theta else None
+                return layer if is_fused(layer) else fuse_layer(layer)  # without the Fuse callback
         return None
 
-    def _train(self, block: Block, attempt: int) -> tuple[BlockCalibration, float]:
-        """A trained block and the mean loss of its last epoch; what does not fit is trained in micro-batches."""
+    def _train(self, block: Block, attempt: int) -> tuple[nn.Module, Mapping[str, Tensor], float]:
+        """A trained block, its Θ, and the mean loss of its last epoch; what does not fit is trained in micro-batches."""
         saved = block.partial.path if block.partial and block.partial.attempt == attempt else None
         while True:
             layer = self._learnable(block)
@@ -204,9 +202,9 @@ class BiSup(Solver):
             except torch.OutOfMemoryError as error:
                 out_of_memory = error.with_traceback(None)  # which would keep the failed step's tensors alive
             else:
-                self._recorded, module.recorded = module.recorded, None
-                return module, trainer.callback_metrics["loss"].item()
-            module.forget()  # the Trainer keeps it until garbage is collected
+                layer, theta, self._recorded = module.release()
+                return layer, theta, trainer.callback_metrics["loss"].item()
+            module.release()
             del layer, module, batches, trainer
             if block.inputs.share.members > 1:  # the others wait for this one's gradients
                 raise UserError(

@@ -1,13 +1,17 @@
 """Less memory, the same result: sequences one by one, activations computed anew, streams in a file."""
 
+import gc
 import itertools
 import json
+from typing import ClassVar
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from bisup_lightning.calibrate.block_calibration import BlockCalibration, Optimization
+from bisup_lightning.calibrate.driver import BlockWalk
+from bisup_lightning.calibrate.events import WalkCallback
 from bisup_lightning.cli import main
 from bisup_lightning.data.streams import Home
 from bisup_lightning.model.block import Theta, add_theta, theta_parameters
@@ -170,3 +174,34 @@ def test_another_memory_mode_is_another_run(checkpoint, fit, fit_arguments, tmp_
     fit(checkpoint, tmp_path / "run", RTN)
     assert main(fit_arguments(checkpoint, tmp_path / "run", RTN, LOW)) == 2
     assert "memory: auto → low" in capsys.readouterr().err
+
+
+# --- from block to block ----------------------------------------------------------------------------------------------
+
+
+class LiveBytes(WalkCallback):
+    """The memory of all tensors where a block begins."""
+
+    seen: ClassVar[list[int]] = []
+
+    def on_block_start(self, walk: BlockWalk, index: int) -> None:
+        tensors = (thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter))
+        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+        self.seen.append(sum(storages.values()))
+
+
+@pytest.mark.parametrize("solver", [BISUP, GPTQ, RTN])
+def test_finished_blocks_leave_no_tensors_to_the_garbage_collector(make_checkpoint, fit, tmp_path, solver):
+    """Which comes seldom: until then, the device would fill up."""
+    LiveBytes.seen.clear()
+    gc.collect()
+    gc.disable()
+    try:
+        checkpoint = make_checkpoint(num_hidden_layers=5)
+        epochs = ("--solver.epochs=2",) if solver == BISUP else ()
+        fit(checkpoint, tmp_path / "run", solver, *epochs, with_callback(LiveBytes))
+    finally:
+        gc.enable()
+    block = sum(x.nbytes for name, x in load_file(checkpoint / "model.safetensors").items() if "layers.0." in name)
+    _, second, *_, last = LiveBytes.seen
+    assert last - second < 0.05 * block
