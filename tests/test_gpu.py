@@ -166,6 +166,7 @@ def test_a_recorded_step_gives_the_same_bits_as_one_that_is_not(step):
         assert recorded.fits(block, positions, prompt)
         recorded.follow(block, prompt)
         (value, gradients), (replayed, others) = found(block, x, target, positions, prompt), recorded(x, target)
+        recorded.leave()
         assert torch.equal(value, replayed)
         assert all(torch.equal(one, other) for one, other in zip(gradients, others, strict=True))
         same = [torch.equal(one, first) for one, first in zip(gradients, before, strict=True)]

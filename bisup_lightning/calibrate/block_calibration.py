@@ -165,8 +165,12 @@ class BlockCalibration(LightningModule):
 
     def _record(self, x_bTD: Tensor, target_bTD: Tensor) -> None:
         """On a GPU, record the third step of a shape; the others replay it, and other blocks' where memory allows."""
-        wanted = self.recording and self.recorded is None and not torch.is_anomaly_enabled()
-        if records(x_bTD.device) and wanted and self.unrecorded[x_bTD.shape] == UNRECORDED:
+        due = self.unrecorded[x_bTD.shape] == UNRECORDED and not torch.is_anomaly_enabled()
+        longer = self.recorded is None or len(x_bTD) > self.recorded.length  # than the last batch of an epoch, maybe
+        if records(x_bTD.device) and self.recording and due and longer:
+            if self.recorded is not None:
+                self.recorded.leave()
+                self.recorded = None
             try:
                 self.recorded = RecordedStep(
                     self._loss_and_gradients, self.layer, self.positions, self.kv, x_bTD, target_bTD
@@ -185,7 +189,12 @@ class BlockCalibration(LightningModule):
             torch.cuda.empty_cache()
 
     def release(self) -> tuple[nn.Module, dict[str, nn.Parameter], RecordedStep | None]:
-        """Give away layer, Θ and recorded step: a Trainer's cycles of references keep this module for long."""
+        """Give away layer, Θ and recorded step when the training has ended.
+
+        A Trainer's cycles of references keep this module until garbage is collected.
+        """
+        if self.recorded is not None:
+            self.recorded.leave()
         released = self.layer, self.theta, self.recorded
         self.layer, self.theta, self.clips, self.recorded = nn.Identity(), {}, [], None
         return released

@@ -34,10 +34,7 @@ class BlockReader:
         return self._ahead.pop(index).result()
 
     def read_ahead(self, index: int) -> None:
-        """Begin to read a block, if there is such a one, while the device has something else to do.
-
-        Not while the host has: copies from ordinary memory keep it from launching kernels.
-        """
+        """Begin to read a block, if there is such a one, while the device has something else to do."""
         if self._stream is not None and index < self.model.num_layers and index not in self._ahead:
             self._ahead[index] = self._executor.submit(self._read, index, self._stream)
 

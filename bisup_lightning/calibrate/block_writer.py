@@ -5,9 +5,11 @@ from concurrent import futures
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bisup_lightning.calibrate.run_store import RunStore
+from bisup_lightning.data.streams import side_stream
 
 
 class BlockWriter:
@@ -38,9 +40,18 @@ class BlockWriter:
             OSError: If this, or what was saved before, can't be written.
         """
         self.wait()
-        self._writing = self._executor.submit(self.store.save_block, index, tensors, metrics, streams, theta)
+        on_gpu = any(tensor.is_cuda for tensor in tensors.values())
+        computed = torch.cuda.current_stream().record_event() if on_gpu else None
+        self._writing = self._executor.submit(self._save_block, computed, index, tensors, metrics, streams, theta)
         if streams is not None:
             self.wait()
+
+    def _save_block(
+        self, computed: torch.cuda.Event | None, index: int, tensors: Mapping[str, Tensor], *more: Any
+    ) -> None:
+        if computed is not None:
+            tensors = _in_pinned_memory(tensors, computed)
+        self.store.save_block(index, tensors, *more)
 
     def save_partial(self, index: int, attempt: int, step: int, write: Callable[[Path], None]) -> None:
         """See `RunStore.save_partial`; returns when it is done.
@@ -72,3 +83,16 @@ class BlockWriter:
             self.wait()
         finally:
             self._executor.shutdown()
+
+
+def _in_pinned_memory(tensors: Mapping[str, Tensor], computed: torch.cuda.Event) -> dict[str, Tensor]:
+    """Copies of a GPU's tensors, beside what it computes. To other memory, they would keep threads from launching."""
+    side = side_stream("writing", next(tensor.device for tensor in tensors.values() if tensor.is_cuda))
+    with torch.cuda.stream(side):
+        side.wait_event(computed)
+        copies = {
+            name: torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+            for name, tensor in tensors.items()
+        }
+    side.synchronize()
+    return copies

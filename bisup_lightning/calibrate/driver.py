@@ -195,7 +195,7 @@ class BlockWalk:
     def _stand(self, next_block: int, x_fp: Tensor, x_q: Tensor, prompt_1PD: Tensor, home: Home) -> None:
         """Stand before a block, with the streams [N, T, D] at home and the prompt's hidden states [1, P, D] there."""
         micro_batch = 1 if self.memory == "low" else self.batch_size
-        self.inputs = LayerInputs(x_fp, x_q, self.model.device, micro_batch, home, self.share)
+        self.inputs = LayerInputs(x_fp, x_q, self.model.device, micro_batch, home, self.share, self.solver.let_go)
         self.prompt_1PD, self.next_block = prompt_1PD, next_block
 
     def whole_streams(self) -> dict[str, Tensor]:
@@ -236,9 +236,9 @@ class BlockWalk:
         finally:
             self.relay.stop()
             self.reader.close()
-            self.solver.close()
             try:
                 self._tell("on_walk_end")
+                self.solver.let_go()
             finally:
                 self.writer.close()
 

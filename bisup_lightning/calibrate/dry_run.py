@@ -101,7 +101,7 @@ def dry_run(job: Job) -> Forecast:
             one, two = (calibrate(walk, tokens_NT[:count]) for count in few)
         finally:
             walk.reader.close()
-            walk.solver.close()
+            walk.solver.let_go()
     more = (job.data.num_samples - few[0]) / max(few[1] - few[0], 1)  # of what the second batch took
     rest = budget.streams * (job.data.num_samples - few[1]) // job.data.num_samples
     device = torch.cuda.max_memory_allocated(job.device) if budget.on_gpu else 0

@@ -23,8 +23,8 @@ Step = Callable[[nn.Module, Tensor, Tensor, Positions, BlockKV], tuple[Tensor, G
 class RecordedStep:
     """The loss of a batch and the gradients of Θ as a CUDA graph, for one block after another.
 
-    The graph computes with a twin of the block that it was recorded with. Before it is replayed, it gets the tensors of
-    the block that learns: W and the like once for each block, Θ at every step. Hooks of its modules are not called.
+    The graph computes with a twin of the block that it was recorded with. A block that learns gives it copies of W and
+    the like, and keeps its Θ in the twin's until it leaves. Hooks of its modules are not called.
 
     Args:
         step: Gives loss and gradients. It has run before, so that all is compiled.
@@ -35,7 +35,8 @@ class RecordedStep:
         target_BTD: Target likewise.
 
     Raises:
-        RuntimeError: If there is no memory for another step, beside what is kept for those that are not recorded.
+        RuntimeError: If there is no memory for a copy of the block and for another step, beside what is kept for those
+            that are not recorded.
     """
 
     def __init__(
@@ -43,13 +44,20 @@ class RecordedStep:
     ) -> None:
         self.batch = x_BTD.clone(), target_BTD.clone()
         self.twin, self.positions, self.kv = copy.deepcopy(layer), positions, kv.copy()
-        self.theta: list[Tensor] = list(theta_parameters(self.twin).values())
         self.found, self.replay = record(lambda: step(self.twin, *self.batch, self.positions, self.kv), x_BTD.device)
         self.follow(layer, kv)
 
+    def __deepcopy__(self, memo: Any) -> None:
+        """None, as a graph can't be copied: whoever copies a block that learns gets one with a Θ of its own."""
+
+    @property
+    def length(self) -> int:
+        """Sequences in a batch."""
+        return len(self.batch[0])
+
     def fits(self, layer: nn.Module, positions: Positions, kv: BlockKV, micro_batch: int | None = None) -> bool:
         """Whether the graph computes what another block of this walk does, given its tensors, on no larger batches."""
-        if micro_batch is not None and len(self.batch[0]) > micro_batch:
+        if micro_batch is not None and self.length > micro_batch:
             return False
         own, given = (
             {name: (x.shape, x.dtype) for name, x in _tensors(*block).items()}
@@ -62,7 +70,15 @@ class RecordedStep:
         """Compute for another block, which fits."""
         own, given = _tensors(self.twin, self.kv), _tensors(layer, kv)
         torch._foreach_copy_(list(own.values()), [given[name] for name in own])
-        self.learned: list[Tensor] = list(theta_parameters(layer).values())
+        self.learned = theta_parameters(layer)
+        for name, parameter in self.learned.items():
+            parameter.data = own[name].data
+
+    def leave(self) -> None:
+        """Give the block that learned its Θ back, which the next one would overwrite."""
+        for parameter in self.learned.values():
+            parameter.data = parameter.data.clone()
+        self.learned = {}
 
     def takes(self, x_BTD: Tensor) -> bool:
         """Whether a batch has the shape that was recorded."""
@@ -72,7 +88,6 @@ class RecordedStep:
     def __call__(self, x_BTD: Tensor, target_BTD: Tensor) -> tuple[Tensor, Gradients]:
         """Loss and gradients, until the next call."""
         torch._foreach_copy_(self.batch, [x_BTD, target_BTD])
-        torch._foreach_copy_(self.theta, self.learned)
         self.replay()
         return self.found
 

@@ -115,8 +115,9 @@ class Solver(ABC):
     def solve(self, block: Block) -> nn.Module | None:
         """The fused block, or None where nothing better than the start was found."""
 
-    def close(self) -> None:  # noqa: B027  most keep nothing
-        """Let go of what was kept from one block to the next."""
+    def let_go(self) -> bool:
+        """Free what is kept from one block to the next for speed alone; whether there was anything."""
+        return False
 
 
 class RTN(Solver):
@@ -182,7 +183,7 @@ class BiSup(Solver):
         return None
 
     def _train(self, block: Block, attempt: int) -> tuple[nn.Module, Mapping[str, Tensor], float]:
-        """A trained block, its Θ, and the mean loss of its last epoch; what does not fit is trained in micro-batches."""
+        """A trained block, its Θ, and its last epoch's mean loss; what does not fit is trained in micro-batches."""
         saved = block.partial.path if block.partial and block.partial.attempt == attempt else None
         while True:
             layer = self._learnable(block)
@@ -196,16 +197,18 @@ class BiSup(Solver):
                 share=block.inputs.share, frugal=block.frugal, recorded=self._recorded,
             )  # fmt: skip
             self._recorded = None
-            trainer = block.make_trainer(self.epochs)
+            trainer, out_of_memory = block.make_trainer(self.epochs), None
             try:
                 trainer.fit(module, BlockDataModule(batches), ckpt_path=saved, weights_only=True)
             except torch.OutOfMemoryError as error:
                 out_of_memory = error.with_traceback(None)  # which would keep the failed step's tensors alive
-            else:
-                layer, theta, self._recorded = module.release()
+                module.recorded = None
+            layer, theta, recorded = module.release()
+            trainer.strategy.optimizers, trainer.strategy.lr_scheduler_configs = [], []
+            if out_of_memory is None:
+                self._recorded = recorded
                 return layer, theta, trainer.callback_metrics["loss"].item()
-            module.release()
-            del layer, module, batches, trainer
+            del layer, theta, module, batches, trainer
             if block.inputs.share.members > 1:  # the others wait for this one's gradients
                 raise UserError(
                     "data.batch_size: training ran out of device memory, and processes that share a batch can't go on "
@@ -215,11 +218,12 @@ class BiSup(Solver):
             if saved is not None and not saved.exists():  # a newer one has taken its place
                 saved = None
 
-    def close(self) -> None:
-        """Let go of the recorded step."""
-        if self._recorded is not None:
-            self._recorded = None
+    def let_go(self) -> bool:
+        """Free the recorded step."""
+        held, self._recorded = self._recorded is not None, None
+        if held:
             torch.cuda.empty_cache()
+        return held
 
     def _learnable(self, block: Block) -> nn.Module:
         """The block with its Θ where learning begins."""

@@ -1,17 +1,25 @@
 """Where a Trainer puts a block: on a device that goes on with the next one."""
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 
 class OneOfManyBlocks(SingleDeviceStrategy):
-    """One device; what was trained stays there, and nothing keeps it.
+    """One device, which keeps its memory and what was trained.
 
-    Behind a training, Lightning's own strategy moves everything to the host and gives the device's cached memory back,
-    which the next block asks for again.
+    Before and behind a training, Lightning's own gives a GPU's cached memory back, which waits for all that it
+    computes, and the next block asks for it again; it also moves module and optimizer to the host.
     """
 
+    def setup(self, trainer: Trainer) -> None:
+        """As Lightning does it, without the accelerator's part, which is that memory alone."""
+        assert self.model is not None
+        self.model = self.precision_plugin.convert_module(self.model)
+        self.model_to_device()
+        self.setup_optimizers(trainer)
+        self.setup_precision_plugin()
+
     def teardown(self) -> None:
-        """Let go of the optimizer, which Python's collector would find in a cycle of references, and only much later."""
-        self.optimizers, self.lr_scheduler_configs = [], []
+        """Likewise."""
         self.precision_plugin.teardown()
         self.checkpoint_io.teardown()

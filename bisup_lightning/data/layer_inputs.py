@@ -32,6 +32,7 @@ class LayerInputs:
         batch_size: Sequences to compute at a time.
         home: Where the streams live.
         share: Which part of the text these N sequences are; figures are those of the whole text all the same.
+        let_go: Frees memory that is kept for speed alone; whether there was any.
 
     Attributes:
         early: The block's full-precision inputs, where it learns on them first.
@@ -47,11 +48,13 @@ class LayerInputs:
         batch_size: int,
         home: Home | None = None,
         share: Share = WHOLE,
+        let_go: Callable[[], bool] = lambda: False,
     ) -> None:
         self.fp, self.q = x_fp, x_q
         self.early: Tensor | None = None
         self.device, self.micro_batch = device, batch_size
         self.home, self.share = home or Home("device", x_fp.device, Path()), share
+        self.let_go = let_go
 
     @property
     def num_tokens(self) -> int:
@@ -75,7 +78,7 @@ class LayerInputs:
     def _for_each(self, step: Callable[..., None], *streams: Tensor) -> None:
         """Take a step for every micro-batch, given its place and its part of each stream on the device.
 
-        One that does not fit is taken again in halves.
+        One that does not fit is taken again, in halves if nothing else helps.
         """
         start, end = 0, len(streams[0])
         while start < end:
@@ -86,7 +89,8 @@ class LayerInputs:
                     step(batch, *part)
                     start = batch.stop
             except torch.OutOfMemoryError as error:
-                self.halve(error)
+                if not self.let_go():
+                    self.halve(error)
 
     @torch.no_grad()
     def advance_fp(self, run: Run) -> None:

@@ -157,7 +157,7 @@ class Checkpoint:
         """
         prefix = layer_prefix(index)
         names = [name for name in self.shard_of if name.startswith(prefix) and STORED_ROTARY not in name]
-        tensors = {name: tensor.to(device) for name, tensor in self.read(names).items()}
+        tensors = {name: _moved(tensor, device) for name, tensor in self.read(names).items()}
         self._check_finite(tensors)
         return {
             name.removeprefix(prefix): tensor.to(dtype) if tensor.is_floating_point() else tensor
@@ -166,7 +166,11 @@ class Checkpoint:
 
     def _check_finite(self, tensors: Mapping[str, Tensor]) -> None:
         """Refuse NaN and inf, from which nothing right can be computed; on the device, where that costs nothing."""
-        finite = {name: tensor.isfinite().all() for name, tensor in tensors.items() if tensor.is_floating_point()}
+        finite = {  # by the largest magnitude, which is NaN if anything is: one reading and nothing written
+            name: torch.linalg.vector_norm(tensor, torch.inf).isfinite()
+            for name, tensor in tensors.items()
+            if tensor.is_floating_point()
+        }
         if finite and not torch.stack(list(finite.values())).all():
             name = next(name for name, verdict in finite.items() if not verdict)
             raise UserError(f"checkpoint: {self.folder / self.shard_of[name]}: {name} holds NaN or inf")
@@ -174,6 +178,16 @@ class Checkpoint:
     def dtype(self) -> torch.dtype:
         """The dtype that the final norm, and by convention all else, is stored in."""
         return self.read([FINAL_NORM])[FINAL_NORM].dtype
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on the device."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    # Copies from memory that is not pinned keep other threads from launching kernels. One tensor at a time is pinned.
+    moved = tensor.pin_memory().to(device, non_blocking=True)
+    torch.cuda.current_stream(device).synchronize()
+    return moved
 
 
 def header(file: Any, name: str) -> tuple[torch.Size, str]:

@@ -3,7 +3,7 @@
 Shape suffixes: B sequences, T tokens, O output rows, I input features, G groups, R rank, C columns of a segment.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -28,7 +28,7 @@ from bisup_lightning.quant.clipping import search_weight_clip
 from bisup_lightning.quant.gated import Gated
 from bisup_lightning.quant.hadamard import apply_hadamard, hadamard_factors
 from bisup_lightning.quant.integer_product import Coded
-from bisup_lightning.quant.packing import pack, unpack
+from bisup_lightning.quant.packing import fast_unpack, pack, unpack
 from bisup_lightning.quant.spec import QuantSpec, Segment
 
 LowRankForm = Literal["slrec", "lrec"]
@@ -330,11 +330,11 @@ class PackedSegment(nn.Module):
         packed.values = as_stored(w_OC, storage_dtype)
         return packed
 
-    def dense(self) -> Tensor:
+    def dense(self, restore: Callable[[Tensor, int, int], Tensor] = unpack) -> Tensor:
         """The columns [O, C] in the wide dtype."""
         if self.spec is None:
             return wide(self.values)
-        return dequantize(unpack(self.codes, self.columns, self.spec.qmin), self.scale)
+        return dequantize(restore(self.codes, self.columns, self.spec.qmin), self.scale)
 
     def extra_repr(self) -> str:
         """Width and quantizer in `print(model)`."""
@@ -363,11 +363,11 @@ class PackedLinear(nn.Module):
 
     def hold_dense(self, dtype: torch.dtype) -> None:
         """Keep Ŵ in the dtype that inputs have, from now on, beside its codes."""
-        self.held_OI = self.dense_weight().to(dtype)
+        self.held_OI = self.dense_weight(fast_unpack).to(dtype)
 
-    def dense_weight(self) -> Tensor:
+    def dense_weight(self, restore: Callable[[Tensor, int, int], Tensor] = unpack) -> Tensor:
         """Ŵ [O, I] in the wide dtype."""
-        parts = [segment.dense() for segment in self.segments]
+        parts = [segment.dense(restore) for segment in self.segments]
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
     def forward(self, x_BTI: Tensor) -> Tensor:

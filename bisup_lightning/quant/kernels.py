@@ -120,25 +120,28 @@ def round_rows_gradient(
 
 
 @triton.jit
-def _low_rank_rows(a_ptr, o, rows, rank: tl.constexpr, form: tl.constexpr, block_r: tl.constexpr):
-    """Some rows of A; anything where there is none."""
+def _low_rank_rows(w_ptr, a_ptr, o, rows, rank: tl.constexpr, form: tl.constexpr, block_r: tl.constexpr):
+    """Some rows of A in W's dtype; anything where there is none."""
     r = tl.arange(0, block_r)
     a = r
     if form != "none":
-        a = tl.load(a_ptr + o[:, None] * rank + r[None, :], (o < rows)[:, None] & (r < rank)[None, :], 0.0)
+        dtype: tl.constexpr = w_ptr.dtype.element_ty
+        a = tl.load(a_ptr + o[:, None] * rank + r[None, :], (o < rows)[:, None] & (r < rank)[None, :], 0.0).to(dtype)
     return a
 
 
 @triton.jit
 def _columns_of(
-    b_ptr, s_ptr, i, columns, rank: tl.constexpr, form: tl.constexpr, smoothed: tl.constexpr, block_r: tl.constexpr
-):
-    """Some columns of B and s2."""
+    b_ptr, s_ptr, i, columns, rank: tl.constexpr, form: tl.constexpr, smoothed: tl.constexpr, dtype: tl.constexpr,
+    block_r: tl.constexpr,
+):  # fmt: skip
+    """Some columns of B in W's dtype, and of s2."""
     r = tl.arange(0, block_r)
     s = tl.load(s_ptr + i, i < columns, 1.0) if smoothed else tl.full(i.shape, 1.0, tl.float32)
     b = r
     if form != "none":
         b = tl.load(b_ptr + r[:, None] * columns + i[None, :], (r < rank)[:, None] & (i < columns)[None, :], 0.0)
+        b = b.to(dtype)
     return b, s
 
 
@@ -161,8 +164,9 @@ def _part_of_group(
     within = start + tl.arange(0, block_i)
     i = group * size + within
     mask = (o < rows)[:, None] & (within < size)[None, :]
-    b, s = _columns_of(b_ptr, s_ptr, i, columns, rank, form, smoothed, block_r)
-    return i, mask, _compensated(tl.load(w_row + i[None, :], mask, 0.0), a, b, s, form)
+    w = tl.load(w_row + i[None, :], mask, 0.0)
+    b, s = _columns_of(b_ptr, s_ptr, i, columns, rank, form, smoothed, w.dtype, block_r)
+    return i, mask, _compensated(w, a, b, s, form)
 
 
 @triton.jit
@@ -176,7 +180,7 @@ def largest_of_parts(
     o = tl.program_id(0) * block_o + tl.arange(0, block_o)
     group, part = tl.program_id(1) // parts, tl.program_id(1) % parts
     w_row = w_ptr + o.to(tl.int64)[:, None] * row_stride
-    a = _low_rank_rows(a_ptr, o, rows, rank, form, block_r)
+    a = _low_rank_rows(w_ptr, a_ptr, o, rows, rank, form, block_r)
     absmax = tl.full((block_o,), -1.0, tl.float32)
     largest = tl.zeros((block_o,), tl.int32)
     for start in range(0, span, block_i):
@@ -206,7 +210,7 @@ def round_weight(
     group, part = tl.program_id(1) // parts, tl.program_id(1) % parts
     w_row = w_ptr + o.to(tl.int64)[:, None] * row_stride
     start_of_row = o.to(tl.int64)[:, None] * columns
-    a = _low_rank_rows(a_ptr, o, rows, rank, form, block_r)
+    a = _low_rank_rows(w_ptr, a_ptr, o, rows, rank, form, block_r)
     if size <= block_i:  # all of it is here
         i, mask, x = _part_of_group(
             w_row, a, b_ptr, s_ptr, o, group, 0, rows, columns, rank, size, form, smoothed, block_i, block_r
@@ -252,7 +256,7 @@ def scale_gradient(
     group, part = tl.program_id(1) // parts, tl.program_id(1) % parts
     w_row = w_ptr + o.to(tl.int64)[:, None] * row_stride
     grad_row = grad_ptr + o.to(tl.int64)[:, None] * columns
-    a = _low_rank_rows(a_ptr, o, rows, rank, form, block_r)
+    a = _low_rank_rows(w_ptr, a_ptr, o, rows, rank, form, block_r)
     absmax = tl.load(absmax_ptr + o * groups + group, o < rows, 0.0)
     clip = tl.load(clip_ptr + o * clip_stride_o + group * clip_stride_g, o < rows, 1.0)
     scale, passes = _scale(absmax, clip, qmax, stored, smallest, most)
@@ -284,7 +288,7 @@ def weight_gradient(
     within = tile % tiles * block_i + tl.arange(0, block_i)
     i = group * size + within
     r = tl.arange(0, block_r)
-    b, s = _columns_of(b_ptr, s_ptr, i, columns, rank, form, smoothed, block_r)
+    b, s = _columns_of(b_ptr, s_ptr, i, columns, rank, form, smoothed, w_ptr.dtype.element_ty, block_r)
     grad_b = tl.zeros((block_i, block_r), tl.float32)  # transposed: tensor cores want 64 rows or more
     grad_s = tl.zeros((block_i,), tl.float32)
     for step in range(steps):
@@ -292,7 +296,7 @@ def weight_gradient(
         mask = (o < rows)[:, None] & (within < size)[None, :]
         w = tl.load(w_ptr + o.to(tl.int64)[:, None] * row_stride + i[None, :], mask, 0.0)
         grad = tl.load(grad_ptr + o.to(tl.int64)[:, None] * columns + i[None, :], mask, 0.0).to(tl.float32)
-        a = _low_rank_rows(a_ptr, o, rows, rank, form, block_r)
+        a = _low_rank_rows(w_ptr, a_ptr, o, rows, rank, form, block_r)
         x = _compensated(w, a, b, s, form)
         absmax = tl.load(absmax_ptr + o * groups + group, o < rows, 0.0)
         largest = tl.load(largest_ptr + o * groups + group, o < rows, 0)
@@ -319,3 +323,30 @@ def weight_gradient(
         tl.store(out, grad_b, (within < size)[:, None] & (r < rank)[None, :])
     if smoothed:
         tl.store(grad_s_ptr + part * columns + i, grad_s / s, within < size)
+
+
+@triton.jit
+def clip_errors(
+    w_ptr, clip_ptr, error_ptr, rows, row_stride, groups,
+    candidates: tl.constexpr, size: tl.constexpr, stored: tl.constexpr,
+    qmin: tl.constexpr, qmax: tl.constexpr, smallest: tl.constexpr, most: tl.constexpr,
+    block_o: tl.constexpr, block_i: tl.constexpr,
+):  # fmt: skip
+    """Squared error of rounding W with each clip value, for some rows of a group: [candidates, O, G]."""
+    o = tl.program_id(0) * block_o + tl.arange(0, block_o)
+    group = tl.program_id(1)
+    w_row = w_ptr + o.to(tl.int64)[:, None] * row_stride + group * size
+    absmax = tl.zeros((block_o,), tl.float32)
+    for start in range(0, size, block_i):
+        i = start + tl.arange(0, block_i)
+        x = tl.load(w_row + i[None, :], (o < rows)[:, None] & (i < size)[None, :], 0.0).to(tl.float32)
+        absmax = tl.maximum(absmax, tl.max(tl.abs(x), 1))
+    for candidate in range(candidates):
+        scale = _scale(absmax, tl.load(clip_ptr + candidate), qmax, stored, smallest, most)[0]
+        error = tl.zeros((block_o,), tl.float32)
+        for start in range(0, size, block_i):
+            i = start + tl.arange(0, block_i)
+            x = tl.load(w_row + i[None, :], (o < rows)[:, None] & (i < size)[None, :], 0.0).to(tl.float32)
+            off = _nearest(x * (1.0 / scale)[:, None], qmin, qmax) * scale[:, None] - x
+            error += tl.sum(off * off, 1)
+        tl.store(error_ptr + (candidate * rows + o).to(tl.int64) * groups + group, error, o < rows)

@@ -59,6 +59,10 @@ def _pair_of_rows(x: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor | None]:
     return x_NI, None if up is None else _rows_of(up.contiguous())
 
 
+def _largest_scale(dtype: torch.dtype | None) -> float:
+    return 3.0e38 if dtype is None else torch.finfo(dtype).max
+
+
 def _limits(bits: int) -> dict[str, float]:
     return {"qmin": -(2 ** (bits - 1)), "qmax": 2 ** (bits - 1) - 1, "smallest": MIN_SCALE}
 
@@ -168,6 +172,8 @@ round_rows.register_autograd(_round_rows_backward, setup_context=_keep_rows)
 # Tiles [rows, columns] and warps, as measured on an H100 (benchmarks/quantizers.py).
 ROUND_BLOCKS = {"block_o": 64, "num_warps": 4}
 PART = 512  # columns of a part of a long group
+SEARCH_TILE = 4096  # elements of a weight for which clip values are tried at a time
+MAX_SEARCH_BLOCK_I = 512
 GRADIENT_BLOCKS = (  # the first whose shared memory the GPU has
     {"block_o": 16, "num_warps": 4, "num_stages": 3},
     {"block_o": 16, "num_warps": 4, "num_stages": 1},
@@ -182,12 +188,12 @@ def _weight_arguments(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:  # fmt: skip
     """What the kernels share: the tensors that they read, sizes, and constants."""
     rank, w = 0 if a is None else a.shape[1], _rows_of(w)
-    a, b = (None if matrix is None else matrix.to(w.dtype).contiguous() for matrix in (a, b))
+    a, b = (None if matrix is None else matrix.contiguous() for matrix in (a, b))
     strides = clip.stride(0) if len(clip) > 1 else 0, int(clip.shape[1] > 1)
     sizes = dict(zip(SIZES, (*w.shape, w.stride(0), w.shape[1] // size, *strides), strict=True))
     return (w, a, b, s, clip), {
         **sizes, **_limits(bits), "rank": rank, "size": size, "form": form, "smoothed": s is not None,
-        "stored": STORED[scale_dtype], "most": 3.0e38 if scale_dtype is None else torch.finfo(scale_dtype).max,
+        "stored": STORED[scale_dtype], "most": _largest_scale(scale_dtype),
         "block_i": min(MAX_BLOCK_I, max(16, triton.next_power_of_2(size))),
         "block_r": max(16, triton.next_power_of_2(rank)),
     }  # fmt: skip
@@ -308,6 +314,29 @@ def _keep_weight(ctx, inputs, output):
 
 
 round_weight.register_autograd(_round_weight_backward, setup_context=_keep_weight)
+
+
+def clip_errors(w: Tensor, clip_C: Tensor, bits: int, size: int, scale_dtype: torch.dtype | None) -> Tensor:
+    """Squared error [C, O, G] of rounding each group of W [O, I] with each of the clip values [C], float32.
+
+    Args:
+        w: W.
+        clip_C: Clip values, float32.
+        bits: Width of the codes.
+        size: Of a group.
+        scale_dtype: Dtype that the scales are stored in.
+    """
+    (rows, columns), w = w.shape, _rows_of(w)
+    error_COG = clip_C.new_empty(len(clip_C), rows, columns // size)
+    block_i = min(MAX_SEARCH_BLOCK_I, triton.next_power_of_2(size))
+    block_o = SEARCH_TILE // block_i
+    with torch.cuda.device_of(w):
+        kernels.clip_errors[triton.cdiv(rows, block_o), columns // size](
+            w, clip_C, error_COG, rows, w.stride(0), columns // size, candidates=len(clip_C), size=size,
+            stored=STORED[scale_dtype], most=_largest_scale(scale_dtype), block_o=block_o, block_i=block_i,
+            **_limits(bits),
+        )  # fmt: skip
+    return error_COG
 
 
 @torch.library.custom_op("bisup::multiply_codes", mutates_args=())

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from bisup_lightning.quant.compiled import compiled_on_gpu
+
 
 def pack(codes: Tensor, bits: int, qmin: int) -> Tensor:
     """Pack codes [..., I] into bytes [..., bits, ceil(I/8)].
@@ -16,12 +18,18 @@ def pack(codes: Tensor, bits: int, qmin: int) -> Tensor:
         qmin: The smallest code, stored as 0.
 
     Raises:
-        ValueError: If the codes are no integers, one is out of range, or the width is.
+        ValueError: If the codes are no integers, the width is out of range, or a code is; the latter is not looked for
+            on a GPU, which the host would have to wait for.
     """
     if not 1 <= bits <= 8 or codes.is_floating_point():
         raise ValueError(f"codes must be integers of 1 to 8 bits, not {codes.dtype} of {bits} bits")
-    if codes.numel() and (codes.min() < qmin or codes.max() >= qmin + 2**bits):
+    if codes.numel() and not codes.is_cuda and (codes.min() < qmin or codes.max() >= qmin + 2**bits):
         raise ValueError(f"a code lies outside [{qmin}, {qmin + 2**bits - 1}]")
+    return _bit_planes(codes, bits, qmin)
+
+
+@compiled_on_gpu(dynamic=True)
+def _bit_planes(codes: Tensor, bits: int, qmin: int) -> Tensor:
     unsigned = codes.to(torch.int16) - qmin
     filled = torch.nn.functional.pad(unsigned, (0, -codes.shape[-1] % 8)).unflatten(-1, (-1, 8)).to(torch.uint8)
     place_8 = 2 ** torch.arange(8, dtype=torch.uint8, device=codes.device)
@@ -37,3 +45,6 @@ def unpack(packed: Tensor, features: int, qmin: int) -> Tensor:
         unsigned |= (plane.unsqueeze(-1) >> places_8 & 1) << bit
     codes = unsigned.flatten(-2)[..., :features].to(torch.int16) + qmin
     return codes.to(torch.int8) if qmin < 0 else codes
+
+
+fast_unpack = compiled_on_gpu(dynamic=True)(unpack)  # for a walk, which does it once a block

@@ -3,17 +3,22 @@
 Here a replay computes anew what a graph would replay: with the tensors, and the modules, that were recorded.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
 import torch
 
-from bisup_lightning.calibrate import block_calibration, recorded_step
+from bisup_lightning.calibrate import block_calibration, driver, recorded_step, solvers
 from bisup_lightning.calibrate.run_reader import THETA
 from bisup_lightning.cli import main
 from tests.tools import BISUP, CutOff, Interrupted, Poison, contents, timeless, with_callback
 
 WINDOWS = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}
+FUSE_AND_SAVE = (
+    "--trainer.callbacks=[{class_path: callbacks.fuse.Fuse}, "
+    "{class_path: callbacks.checkpoint.BlockCheckpoint, init_args: {every_n_seconds: 0}}]"
+)
 ATOM = ("--config=configs/transform/atom.yaml", "--transform.outliers=16")
 
 
@@ -26,16 +31,25 @@ class Recorder:
     def record(self, run, device):
         found = run()
         self.recordings += 1
+        return found, Replay(self, run, found).replay
 
-        def replay():
-            self.replays += 1
-            with torch.enable_grad():
-                loss, gradients = run()
-            found[0].copy_(loss)
-            for kept, gradient in zip(found[1], gradients, strict=True):
-                kept.copy_(gradient)
 
-        return found, replay
+@dataclass
+class Replay:
+    recorder: Recorder
+    run: Callable
+    found: tuple
+
+    def __deepcopy__(self, memo):
+        raise TypeError("nor can a graph be copied")
+
+    def replay(self):
+        self.recorder.replays += 1
+        with torch.enable_grad():
+            loss, gradients = self.run()
+        self.found[0].copy_(loss)
+        for kept, gradient in zip(self.found[1], gradients, strict=True):
+            kept.copy_(gradient)
 
 
 @pytest.fixture
@@ -97,6 +111,51 @@ def test_a_smaller_last_batch_is_not_replayed(make_checkpoint, fit, monkeypatch,
     assert (recorder.recordings, recorder.replays) == (1, 2 * 2 * 3 - 2)
 
 
+def test_whole_batches_take_the_place_of_a_smaller_one(make_checkpoint, fit_arguments, recorder, tmp_path):
+    """Which is the first to be recorded, if the run goes on behind the first batch of a block."""
+    command = fit_arguments(
+        make_checkpoint("llama", num_hidden_layers=3), tmp_path / "run", BISUP, "--solver.epochs=5",
+        "--data.num_samples=6", "--data.batch_size=4", FUSE_AND_SAVE, with_callback(CutOff),
+    )  # fmt: skip
+    CutOff.steps_left = 1
+    with pytest.raises(Interrupted):
+        main(command)
+    CutOff.steps_left = None
+    assert main(command) == 0
+    assert recorder.recordings == 2
+    assert recorder.replays == 1 + 2 + 2 * 5  # a short and two whole ones in the first block, whole ones in the others
+
+
+@pytest.mark.parametrize("averaging", ["StochasticWeightAveraging, init_args: {swa_lrs: 0.01}", "EMAWeightAveraging"])
+def test_callbacks_may_copy_the_block(make_checkpoint, fit, monkeypatch, recorder, tmp_path, averaging):
+    saving, copying = "callbacks.checkpoint.BlockCheckpoint", f"lightning.pytorch.callbacks.{averaging}"
+    callbacks = f"--trainer.callbacks=[{{class_path: {saving}}}, {{class_path: {copying}}}]"
+    more = (callbacks, "--solver.epochs=3", "--solver.optimization.schedule=constant")
+    checkpoint = make_checkpoint("llama")
+    expected = learned_unrecorded(fit, monkeypatch, checkpoint, tmp_path / "plain", *more)
+    assert outcome(run_of(fit, checkpoint, tmp_path / "recorded", *more)) == expected
+    assert recorder.recordings == 1
+
+
+def test_where_memory_runs_out_the_recording_goes_first(make_checkpoint, fit, monkeypatch, recorder, tmp_path, caplog):
+    checkpoint = make_checkpoint("llama", num_hidden_layers=3)
+    expected = learned_unrecorded(fit, monkeypatch, checkpoint, tmp_path / "plain")
+    run, failures = driver.run_layer_fast, []
+
+    def scarce(*given):
+        if recorder.recordings == 1 and not failures:
+            failures.append(given)
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return run(*given)
+
+    monkeypatch.setattr(driver, "run_layer_fast", scarce)
+    monkeypatch.setattr(solvers, "run_layer_fast", scarce)
+    assert outcome(run_of(fit, checkpoint, tmp_path / "recorded")) == expected
+    assert len(failures) == 1
+    assert recorder.recordings == 2
+    assert "going on with half" not in caplog.text
+
+
 def test_a_second_attempt_goes_on_with_the_recording(make_checkpoint, fit, monkeypatch, recorder, tmp_path):
     checkpoint, more = make_checkpoint("llama"), (with_callback(Poison), "--solver.epochs=3")
     Poison.doses = 1
@@ -109,12 +168,10 @@ def test_a_second_attempt_goes_on_with_the_recording(make_checkpoint, fit, monke
 def test_a_run_that_was_cut_off_inside_a_block_ends_in_the_same_bytes(
     make_checkpoint, fit_arguments, recorder, tmp_path
 ):
-    saving = "{class_path: callbacks.checkpoint.BlockCheckpoint, init_args: {every_n_seconds: 0}}"
-    callbacks = f"--trainer.callbacks=[{{class_path: callbacks.fuse.Fuse}}, {saving}]"
 
     def command(run):
         return fit_arguments(
-            make_checkpoint("llama"), tmp_path / run, BISUP, "--solver.epochs=3", callbacks, with_callback(CutOff)
+            make_checkpoint("llama"), tmp_path / run, BISUP, "--solver.epochs=3", FUSE_AND_SAVE, with_callback(CutOff)
         )
 
     CutOff.steps_left = None

@@ -11,7 +11,7 @@ import torch
 
 from bisup_lightning.model import linear as linear_module
 from bisup_lightning.model.linear import InputQuantizer, QuantLinear
-from bisup_lightning.quant import affine
+from bisup_lightning.quant import affine, clipping
 from bisup_lightning.quant.gated import Gated
 from bisup_lightning.quant.spec import QuantSpec, Segment
 
@@ -47,6 +47,7 @@ def without_kernels(monkeypatch):
         with monkeypatch.context() as patched:
             patched.setattr(affine, "operators", None)
             patched.setattr(linear_module, "operators", None)
+            patched.setattr(clipping, "operators", None)
             return function()
 
     return call
@@ -212,3 +213,27 @@ def test_where_shared_memory_is_short_a_smaller_tile_is_taken():
     assert tried == [3, 2, 1, 1]
     with pytest.raises(OutOfResources):
         kernels._on_what_fits("another", variants[:2], launch)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("bits", "group_size", "features"), SHAPES)
+@pytest.mark.parametrize("granularity", ["row", "group", "tensor"])
+@pytest.mark.parametrize("scale_dtype", [None, STORAGE])
+def test_clips_found_by_kernels_are_as_good(
+    without_kernels, dtype, bits, group_size, features, granularity, scale_dtype
+):
+    """Another clip value is found only where two are equally good but for the order of sums."""
+    w_OI = random(45, features + 3, dtype=dtype)[:, 3:]  # strided rows
+    w_OI[0] = 0
+    spec = QuantSpec(bits, granularity=granularity, group_size=group_size)
+    found = clipping.search_weight_clip(w_OI, spec, scale_dtype)
+    expected = without_kernels(lambda: clipping.search_weight_clip(w_OI, spec, scale_dtype))
+    assert found.shape == expected.shape
+    assert found.dtype == expected.dtype
+    assert (found != expected).float().mean() <= 0.02
+
+    def error(clip):
+        rounded = without_kernels(lambda: affine.fake_quantize(w_OI.float(), spec, clip, scale_dtype))
+        return affine.to_groups((rounded - w_OI.float()).square(), spec).sum(-1).sum_to_size(clip.shape)
+
+    torch.testing.assert_close(error(found), error(expected), rtol=1e-4, atol=1e-12)
