@@ -12,6 +12,7 @@ import torch
 
 from benchmarks.step import GPU, median_ms
 from bisup_lightning.quant import operators
+from bisup_lightning.quant.clipping import CLIP_GRID
 
 TOKENS = 16384
 SHAPES = ((14336, 4096), (4096, 14336))
@@ -37,7 +38,7 @@ def report(name: str, step, moved: int, rate: float) -> None:
 
 
 def weight(rows: int, features: int, size: int, rate: float, note: str = "") -> None:
-    """Rounding a weight with all of Θ, and its gradients."""
+    """Rounding a weight with all of Θ, its gradients, and the search for its first clip values."""
     w = torch.randn(rows, features, device=GPU, dtype=torch.bfloat16) * 0.02
     a, b = torch.randn(rows, 32, device=GPU), torch.randn(32, features, device=GPU) * 0.01
     s, clip = torch.rand(features, device=GPU) + 0.5, torch.full((rows, features // size), 0.9, device=GPU)
@@ -50,6 +51,9 @@ def weight(rows: int, features: int, size: int, rate: float, note: str = "") -> 
     absmax, largest = step()[1:3]
     backward = lambda: operators.round_weight_gradient(grad, absmax, largest, *options)  # noqa: E731
     report(f"gradients {name}", backward, 8 * w.numel(), rate)
+    clips = torch.tensor(CLIP_GRID, device=GPU)
+    search = lambda: operators.clip_errors(w, clips, 4, size, torch.bfloat16)  # noqa: E731
+    report(f"search clips {name}", search, 2 * w.numel(), rate)
 
 
 def activation(features: int, size: int, rate: float, note: str = "") -> None:
@@ -83,7 +87,7 @@ def main() -> None:
         operators.ROUND_BLOCKS, operators.PART = {"block_o": block_o, "num_warps": warps}, part
         for size in (128, 4096):
             weight(14336, 4096, size, rate, f", {block_o} rows, {warps} warps, parts of {part}")
-    for block_i, (block_o, warps), stages in itertools.product((64, 128), ((64, 4), (128, 8)), (1, 2, 3)):
+    for block_i, (block_o, warps), stages in itertools.product((64, 128), ((16, 4), (64, 4), (128, 8)), (1, 2, 3)):
         operators.MAX_BLOCK_I = block_i
         operators.GRADIENT_BLOCKS = ({"block_o": block_o, "num_warps": warps, "num_stages": stages},)
         weight(14336, 4096, 128, rate, f", {block_o} x {block_i}, {warps} warps, {stages} stages")
