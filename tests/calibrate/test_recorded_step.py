@@ -10,8 +10,12 @@ import pytest
 import torch
 
 from bisup_lightning.calibrate import block_calibration, driver, recorded_step, solvers
+from bisup_lightning.calibrate.driver import BlockWalk
+from bisup_lightning.calibrate.events import WalkCallback
 from bisup_lightning.calibrate.run_reader import THETA
 from bisup_lightning.cli import main
+from tests.inputs import fit_command
+from tests.processes import ranks, wait_for_all
 from tests.tools import BISUP, CutOff, Interrupted, Poison, contents, timeless, with_callback
 
 WINDOWS = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}
@@ -50,6 +54,19 @@ class Replay:
         self.found[0].copy_(loss)
         for kept, gradient in zip(self.found[1], gradients, strict=True):
             kept.copy_(gradient)
+
+
+class PretendRecording(WalkCallback):
+    """The same in a process of its own, which ends with it; it must have replayed something."""
+
+    def __init__(self) -> None:
+        self.recorder = Recorder()
+        recorded_step.record = self.recorder.record
+        block_calibration.records = block_calibration.leaves_room = lambda device: True
+
+    def on_walk_end(self, walk: BlockWalk) -> None:
+        assert self.recorder.recordings == 1
+        assert self.recorder.replays > 0
 
 
 @pytest.fixture
@@ -194,3 +211,16 @@ def test_theta_that_is_kept_is_the_block_s_own(make_checkpoint, fit, monkeypatch
     kept = [name for name in plain if name.endswith(THETA)]
     assert len(kept) == 2
     assert {name: plain[name] for name in kept} == {name: recorded[name] for name in kept}
+
+
+@pytest.mark.parametrize(("mode", "world"), [("data", 2), ("wavefront", 4)])  # two stages of two members each
+def test_processes_that_work_together_record_alike(make_checkpoint, text_file, tmp_path, mode, world):
+    checkpoint = make_checkpoint("llama", num_hidden_layers=5)
+    for folder, more in (("plain", ()), ("recorded", (with_callback(PretendRecording),))):
+        arguments = fit_command(
+            checkpoint, tmp_path / folder, text_file, BISUP, "--solver.epochs=3", "--data.num_samples=16",
+            f"--parallel.mode={mode}", *more,
+        )  # fmt: skip
+        ended = wait_for_all(ranks(world, arguments))
+        assert [code for code, _ in ended] == [0] * world, "\n".join(stderr for _, stderr in ended)
+    assert outcome(tmp_path / "recorded") == outcome(tmp_path / "plain")
