@@ -124,3 +124,9 @@ def wait_for_all(runs: Sequence[Run], seconds: float = 120) -> list[tuple[int, s
                 if not run.ends_within(1.0):
                     run.signal(signal.SIGKILL)
     return [run.wait() for run in runs]
+
+
+def finish(world: int, arguments: Sequence[str]) -> None:
+    """A run of so many processes that must succeed."""
+    ended = wait_for_all(ranks(world, arguments))
+    assert [code for code, _ in ended] == [0] * world, "\n".join(stderr for _, stderr in ended)

@@ -10,11 +10,13 @@ import signal
 from pathlib import Path
 from typing import ClassVar
 
+import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from bisup_lightning.calibrate.driver import BlockResult, BlockWalk
 from bisup_lightning.calibrate.events import WalkCallback
+from bisup_lightning.cli import main
 
 SOLVER = "--solver=bisup_lightning.calibrate.solvers."
 RTN, GPTQ, BISUP = SOLVER + "RTN", SOLVER + "GPTQ", SOLVER + "BiSup"
@@ -100,6 +102,16 @@ class CutOff(WalkCallback):
             CutOff.steps_left -= 1
             if CutOff.steps_left == 0:
                 raise Interrupted("behind a step")
+
+
+def cut_off(arguments: list[str], steps: int) -> None:
+    """A run that is given `CutOff`, ended behind so many training steps."""
+    CutOff.steps_left = steps
+    try:
+        with pytest.raises(Interrupted):
+            main(arguments)
+    finally:
+        CutOff.steps_left = None
 
 
 class Watch(WalkCallback):

@@ -13,13 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bisup_lightning.calibrate.epoch_log import EpochLog
-from bisup_lightning.calibrate.recorded_step import (
-    Gradients,
-    RecordedStep,
-    leaves_room,
-    records,
-    with_gradients,
-)
+from bisup_lightning.calibrate.recorded_step import Gradients, RecordedStep, leaves_room, records, with_gradients
 from bisup_lightning.data.share import WHOLE, Share
 from bisup_lightning.model.block import is_clip, learn_by_codes, theta_parameters
 from bisup_lightning.model.blockwise import Positions, run_layer, run_layer_in_halves

@@ -204,7 +204,7 @@ class BiSup(Solver):
                 out_of_memory = error.with_traceback(None)  # which would keep the failed step's tensors alive
                 module.recorded = None
             layer, theta, recorded = module.release()
-            trainer.strategy.optimizers, trainer.strategy.lr_scheduler_configs = [], []
+            trainer.strategy.optimizers, trainer.strategy.lr_scheduler_configs = [], []  # or it would keep them as long
             if out_of_memory is None:
                 self._recorded = recorded
                 return layer, theta, trainer.callback_metrics["loss"].item()

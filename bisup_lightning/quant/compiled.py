@@ -29,8 +29,6 @@ def compiled_on_gpu(*, dynamic: bool) -> Callable[[Callable[P, R]], Callable[P, 
 
         @wraps(function)
         def run(*args: P.args, **kwargs: P.kwargs) -> R:
-            if torch.compiler.is_compiling():  # what calls it is being compiled with it
-                return function(*args, **kwargs)
             on_gpu = next(value.is_cuda for value in args if isinstance(value, Tensor))
             return (compiled() if on_gpu else function)(*args, **kwargs)
 

@@ -15,14 +15,10 @@ from bisup_lightning.calibrate.events import WalkCallback
 from bisup_lightning.calibrate.run_reader import THETA
 from bisup_lightning.cli import main
 from tests.inputs import fit_command
-from tests.processes import ranks, wait_for_all
-from tests.tools import BISUP, CutOff, Interrupted, Poison, contents, timeless, with_callback
+from tests.processes import finish
+from tests.tools import BISUP, EAGER, CutOff, Poison, contents, cut_off, timeless, with_callback
 
 WINDOWS = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}
-FUSE_AND_SAVE = (
-    "--trainer.callbacks=[{class_path: callbacks.fuse.Fuse}, "
-    "{class_path: callbacks.checkpoint.BlockCheckpoint, init_args: {every_n_seconds: 0}}]"
-)
 ATOM = ("--config=configs/transform/atom.yaml", "--transform.outliers=16")
 
 
@@ -132,12 +128,9 @@ def test_whole_batches_take_the_place_of_a_smaller_one(make_checkpoint, fit_argu
     """Which is the first to be recorded, if the run goes on behind the first batch of a block."""
     command = fit_arguments(
         make_checkpoint("llama", num_hidden_layers=3), tmp_path / "run", BISUP, "--solver.epochs=5",
-        "--data.num_samples=6", "--data.batch_size=4", FUSE_AND_SAVE, with_callback(CutOff),
+        "--data.num_samples=6", "--data.batch_size=4", EAGER, with_callback(CutOff),
     )  # fmt: skip
-    CutOff.steps_left = 1
-    with pytest.raises(Interrupted):
-        main(command)
-    CutOff.steps_left = None
+    cut_off(command, 1)
     assert main(command) == 0
     assert recorder.recordings == 2
     assert recorder.replays == 1 + 2 + 2 * 5  # a short and two whole ones in the first block, whole ones in the others
@@ -185,19 +178,14 @@ def test_a_second_attempt_goes_on_with_the_recording(make_checkpoint, fit, monke
 def test_a_run_that_was_cut_off_inside_a_block_ends_in_the_same_bytes(
     make_checkpoint, fit_arguments, recorder, tmp_path
 ):
-
     def command(run):
         return fit_arguments(
-            make_checkpoint("llama"), tmp_path / run, BISUP, "--solver.epochs=3", FUSE_AND_SAVE, with_callback(CutOff)
+            make_checkpoint("llama"), tmp_path / run, BISUP, "--solver.epochs=3", EAGER, with_callback(CutOff)
         )
 
-    CutOff.steps_left = None
     assert main(command("whole")) == 0
     for step in (4, 9):  # inside the first block behind the recording; inside the second, where it is another's
-        CutOff.steps_left = step
-        with pytest.raises(Interrupted):
-            main(command(f"at-{step}"))
-        CutOff.steps_left = None
+        cut_off(command(f"at-{step}"), step)
         assert main(command(f"at-{step}")) == 0
         assert contents(tmp_path / f"at-{step}" / "model") == contents(tmp_path / "whole" / "model")
 
@@ -221,6 +209,5 @@ def test_processes_that_work_together_record_alike(make_checkpoint, text_file, t
             checkpoint, tmp_path / folder, text_file, BISUP, "--solver.epochs=3", "--data.num_samples=16",
             f"--parallel.mode={mode}", *more,
         )  # fmt: skip
-        ended = wait_for_all(ranks(world, arguments))
-        assert [code for code, _ in ended] == [0] * world, "\n".join(stderr for _, stderr in ended)
+        finish(world, arguments)
     assert outcome(tmp_path / "recorded") == outcome(tmp_path / "plain")

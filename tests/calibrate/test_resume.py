@@ -19,6 +19,7 @@ from tests.tools import (
     Interrupted,
     Watch,
     contents,
+    cut_off,
     timeless,
     traces,
     with_callback,
@@ -119,7 +120,7 @@ def test_a_run_that_was_killed(command, run, undisturbed):
 
 
 @pytest.mark.slow
-def test_training_goes_on_at_the_step_where_it_was_saved(monkeypatch, fit_arguments, make_checkpoint, tmp_path):
+def test_training_goes_on_at_the_step_where_it_was_saved(fit_arguments, make_checkpoint, tmp_path):
     """Cut off at a step, then at every one or two steps in one run; saved behind each."""
     checkpoint = make_checkpoint(num_hidden_layers=2)
 
@@ -127,23 +128,17 @@ def test_training_goes_on_at_the_step_where_it_was_saved(monkeypatch, fit_argume
         more = ("--data.batch_size=3", EAGER, with_callback(CutOff))
         return fit_arguments(checkpoint, tmp_path / run, BISUP, "--solver.epochs=3", *more)
 
-    monkeypatch.setattr(CutOff, "steps_left", None)
     assert main(command("whole")) == 0
     whole = contents(tmp_path / "whole" / "model")
     for step in (1, 2, 3, 4, 9, 10, 17):
-        CutOff.steps_left = step
-        with pytest.raises(Interrupted):
-            main(command(f"at-{step}"))
-        CutOff.steps_left, CutOff.steps_made = None, 0
+        cut_off(command(f"at-{step}"), step)
+        CutOff.steps_made = 0
         assert main(command(f"at-{step}")) == 0
         assert contents(tmp_path / f"at-{step}" / "model") == whole, step
         saved = step - (step % 3 == 0)  # not behind an epoch's last step
         assert CutOff.steps_made == 18 - saved
     for steps in [1, 2] * 4:
-        CutOff.steps_left = steps
-        with pytest.raises(Interrupted):
-            main(command("often"))
-    CutOff.steps_left = None
+        cut_off(command("often"), steps)
     assert main(command("often")) == 0
     assert contents(tmp_path / "often" / "model") == whole
 

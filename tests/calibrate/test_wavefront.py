@@ -11,7 +11,7 @@ from bisup_lightning.calibrate.measure import evaluate_run
 from bisup_lightning.calibrate.signals import Signals
 from bisup_lightning.cli import finished_job, main
 from tests.inputs import fit_command
-from tests.processes import ranks, wait_for_all
+from tests.processes import finish, ranks, wait_for_all
 from tests.tools import BISUP, EAGER, GPTQ, contents, timeless
 
 EPOCHS = 3
@@ -28,12 +28,6 @@ def checkpoint(make_checkpoint):
 def command(checkpoint, text_file):
     """Arguments of a `fit` of five blocks: `command(run_dir, WAVEFRONT, …)`."""
     return lambda run, *more: fit_command(checkpoint, run, text_file, BISUP, f"--solver.epochs={EPOCHS}", *more)
-
-
-def finish(world, arguments):
-    """A run of so many processes that must succeed."""
-    ended = wait_for_all(ranks(world, arguments))
-    assert [code for code, _ in ended] == [0] * world, "\n".join(stderr for _, stderr in ended)
 
 
 @pytest.fixture(scope="module")
