@@ -50,7 +50,7 @@ def weight(rows: int, features: int, size: int, rate: float, note: str = "") -> 
         report(f"round {name}{', with codes' * coded}", step, (4 + coded) * w.numel(), rate)
     absmax, largest = step()[1:3]
     backward = lambda: operators.round_weight_gradient(grad, absmax, largest, *options)  # noqa: E731
-    report(f"gradients {name}", backward, 8 * w.numel(), rate)
+    report(f"gradients {name}", backward, 4 * w.numel(), rate)
     clips = torch.tensor(CLIP_GRID, device=GPU)
     search = lambda: operators.clip_errors(w, clips, 4, size, torch.bfloat16)  # noqa: E731
     report(f"search clips {name}", search, 2 * w.numel(), rate)

@@ -8,10 +8,15 @@ import triton.language as tl
 
 
 @triton.jit
+def _within_reach(t, qmin: tl.constexpr, qmax: tl.constexpr):
+    """T clamped to what rounds to a code: halves go to even, which 2^(N-1) - 1 is not. NaN stays NaN."""
+    return tl.clamp(t, qmin - 0.5, (qmax + 0.5) * (1 - 2**-24), propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def _nearest(t, qmin: tl.constexpr, qmax: tl.constexpr):
-    """clamp(round(t)), halves to even: adding 1.5 · 2^23 leaves no bits behind the point. NaN stays NaN."""
-    t = tl.clamp(t, qmin, qmax, propagate_nan=tl.PropagateNan.ALL)
-    return (t + 12582912.0) - 12582912.0
+    """clamp(round(t)), halves to even: adding 1.5 · 2^23 leaves no bits behind the point."""
+    return (_within_reach(t, qmin, qmax) + 12582912.0) - 12582912.0
 
 
 @triton.jit
@@ -26,14 +31,28 @@ def _scale(absmax, clip, qmax: tl.constexpr, stored: tl.constexpr, smallest: tl.
 
 @triton.jit
 def _inside(t, qmin: tl.constexpr, qmax: tl.constexpr):
-    """Where round(t) needs no clamp: a half goes to the even neighbour, which 2^(N-1) - 1 is not."""
-    return (t >= qmin - 0.5) & (t < qmax + 0.5)
+    """Where round(t) needs no clamp."""
+    return t == _within_reach(t, qmin, qmax)
 
 
 @triton.jit
 def _by_scale(t, qmin: tl.constexpr, qmax: tl.constexpr):
     """∂(clamp(round(x/Δ))·Δ)/∂Δ at t = x/Δ, straight through the rounding."""
     return _nearest(t, qmin, qmax) - tl.where(_inside(t, qmin, qmax), t, 0.0)
+
+
+@triton.jit
+def _largest(x, i):
+    """Largest magnitude of each row, and the first of the places i that has it."""
+    absmax = tl.max(tl.abs(x), 1)
+    return absmax, tl.min(tl.where(tl.abs(x) == absmax[:, None], i[None, :], 2147483647), 1)
+
+
+@triton.jit
+def _with_share_of_largest(grad_x, x, i, absmax, largest, grad_absmax, smallest: tl.constexpr):
+    """Gradients of x, with what the largest of a row, ±absmax, has from the row's scale."""
+    along_x = grad_absmax / tl.maximum(absmax, smallest)
+    return tl.where(i[None, :] == largest[:, None], grad_x + along_x[:, None] * x, grad_x)
 
 
 @triton.jit
@@ -96,7 +115,7 @@ def round_rows_gradient(
     x = _given_rows(x_ptr, up_ptr, given, mask)[2]
     grad = tl.load(grad_ptr + place, mask, 0.0).to(tl.float32)
     clip = tl.load(clip_ptr + group * clip_stride)
-    absmax, largest = tl.max(tl.abs(x), 1, return_indices=True)
+    absmax, largest = _largest(x, i)
     scale, passes = _scale(absmax, clip, qmax, None, smallest, 3.0e38)
     t = x * (1.0 / scale)[:, None]
     grad_scale = tl.where(passes, tl.sum(grad * _by_scale(t, qmin, qmax), 1), 0.0) * (1.0 / qmax)
@@ -108,8 +127,7 @@ def round_rows_gradient(
         grad = tl.load(grad_ptr + place, mask, 0.0).to(tl.float32)
         t = x * (1.0 / scale)[:, None]
     grad_x = tl.where(_inside(t, qmin, qmax), grad, 0.0)
-    grad_absmax = tl.where(x < 0, -1.0, 1.0) * (grad_scale * clip)[:, None]
-    grad_x += tl.where(i[None, :] == largest[:, None], grad_absmax, 0.0)
+    grad_x = _with_share_of_largest(grad_x, x, i, absmax, largest, grad_scale * clip, smallest)
     if up_ptr is not None:
         dtype: tl.constexpr = x_ptr.dtype.element_ty
         grad_product = grad_x.to(dtype).to(tl.float32)
@@ -147,12 +165,12 @@ def _columns_of(
 
 @triton.jit
 def _compensated(w, a, b, s, form: tl.constexpr):
-    """A tile of (W ⊙ (1 + AB)) · s2."""
-    x = w.to(tl.float32)
+    """A tile of (W ⊙ (1 + AB)) · s2 or (W + AB) · s2, and what AB is multiplied by in it."""
+    x = w.to(tl.float32) * s[None, :]
+    by_ab = x if form == "slrec" else s[None, :]
     if form != "none":
-        ab = tl.dot(a, b, input_precision="ieee").to(w.dtype).to(tl.float32)
-        x = x * (1.0 + ab) if form == "slrec" else x + ab
-    return x * s[None, :]
+        x += by_ab * tl.dot(a, b, input_precision="ieee")
+    return x, by_ab
 
 
 @triton.jit
@@ -160,13 +178,16 @@ def _part_of_group(
     w_row, a, b_ptr, s_ptr, o, group, start, rows, columns, rank: tl.constexpr, size: tl.constexpr,
     form: tl.constexpr, smoothed: tl.constexpr, block_i: tl.constexpr, block_r: tl.constexpr,
 ):  # fmt: skip
-    """Columns of a group from `start` on, in some rows: which columns, what of the tile exists, and its values."""
+    """Columns of a group from `start` on, in some rows: which, also in the group, what exists, and its values."""
     within = start + tl.arange(0, block_i)
     i = group * size + within
     mask = (o < rows)[:, None] & (within < size)[None, :]
     w = tl.load(w_row + i[None, :], mask, 0.0)
     b, s = _columns_of(b_ptr, s_ptr, i, columns, rank, form, smoothed, w.dtype, block_r)
-    return i, mask, _compensated(w, a, b, s, form)
+    x = _compensated(w, a, b, s, form)[0]
+    if size % block_i:  # AB goes on into the next group
+        x = tl.where((within < size)[None, :], x, 0.0)
+    return i, within, mask, x
 
 
 @triton.jit
@@ -185,11 +206,11 @@ def largest_of_parts(
     largest = tl.zeros((block_o,), tl.int32)
     for start in range(0, span, block_i):
         at = part * span + start
-        _, mask, x = _part_of_group(
+        _, within, _, x = _part_of_group(
             w_row, a, b_ptr, s_ptr, o, group, at, rows, columns, rank, size, form, smoothed, block_i, block_r
         )
-        here, place = tl.max(tl.where(mask, tl.abs(x), -1.0), 1, return_indices=True)
-        largest = tl.where(here > absmax, at + place, largest)
+        here, place = _largest(x, within)
+        largest = tl.where(here > absmax, place, largest)
         absmax = tl.maximum(absmax, here)
     tl.store(part_absmax_ptr + tl.program_id(1) * rows + o, absmax, o < rows)
     tl.store(part_largest_ptr + tl.program_id(1) * rows + o, largest, o < rows)
@@ -212,10 +233,10 @@ def round_weight(
     start_of_row = o.to(tl.int64)[:, None] * columns
     a = _low_rank_rows(w_ptr, a_ptr, o, rows, rank, form, block_r)
     if size <= block_i:  # all of it is here
-        i, mask, x = _part_of_group(
+        i, within, mask, x = _part_of_group(
             w_row, a, b_ptr, s_ptr, o, group, 0, rows, columns, rank, size, form, smoothed, block_i, block_r
         )
-        absmax, largest = tl.max(tl.where(mask, tl.abs(x), -1.0), 1, return_indices=True)
+        absmax, largest = _largest(x, within)
     else:
         p = tl.arange(0, block_p)
         there = (o < rows)[:, None] & (p < parts)[None, :]
@@ -233,7 +254,7 @@ def round_weight(
     for start in range(0, span, block_i):
         if size > block_i:
             at = part * span + start
-            i, mask, x = _part_of_group(
+            i, _, mask, x = _part_of_group(
                 w_row, a, b_ptr, s_ptr, o, group, at, rows, columns, rank, size, form, smoothed, block_i, block_r
             )
         codes = _nearest(x * (1.0 / scale)[:, None], qmin, qmax)
@@ -263,7 +284,7 @@ def scale_gradient(
     total = tl.zeros((block_o,), tl.float32)
     for start in range(0, span, block_i):
         at = part * span + start
-        i, mask, x = _part_of_group(
+        i, _, mask, x = _part_of_group(
             w_row, a, b_ptr, s_ptr, o, group, at, rows, columns, rank, size, form, smoothed, block_i, block_r
         )
         grad = tl.load(grad_row + i[None, :], mask, 0.0).to(tl.float32)
@@ -290,30 +311,29 @@ def weight_gradient(
     r = tl.arange(0, block_r)
     b, s = _columns_of(b_ptr, s_ptr, i, columns, rank, form, smoothed, w_ptr.dtype.element_ty, block_r)
     grad_b = tl.zeros((block_i, block_r), tl.float32)  # transposed: tensor cores want 64 rows or more
-    grad_s = tl.zeros((block_i,), tl.float32)
+    grad_s = tl.zeros((block_o, block_i), tl.float32)
     for step in range(steps):
         o = (part * steps + step) * block_o + tl.arange(0, block_o)
         mask = (o < rows)[:, None] & (within < size)[None, :]
         w = tl.load(w_ptr + o.to(tl.int64)[:, None] * row_stride + i[None, :], mask, 0.0)
         grad = tl.load(grad_ptr + o.to(tl.int64)[:, None] * columns + i[None, :], mask, 0.0).to(tl.float32)
         a = _low_rank_rows(w_ptr, a_ptr, o, rows, rank, form, block_r)
-        x = _compensated(w, a, b, s, form)
+        x, by_ab = _compensated(w, a, b, s, form)
         absmax = tl.load(absmax_ptr + o * groups + group, o < rows, 0.0)
         largest = tl.load(largest_ptr + o * groups + group, o < rows, 0)
         clip = tl.load(clip_ptr + o * clip_stride_o + group * clip_stride_g, o < rows, 1.0)
         scale, passes = _scale(absmax, clip, qmax, stored, smallest, most)
         t = x * (1.0 / scale)[:, None]
+        grad_x = tl.where(_inside(t, qmin, qmax), grad, 0.0)
         if tiles == 1:
             grad_scale = tl.where(passes, tl.sum(grad * _by_scale(t, qmin, qmax), 1), 0.0) * (1.0 / qmax)
             tl.store(grad_scale_ptr + o * groups + group, grad_scale, o < rows)
         else:
             grad_scale = tl.load(grad_scale_ptr + o * groups + group, o < rows, 0.0)
-        grad_x = tl.where(_inside(t, qmin, qmax), grad, 0.0)
-        grad_absmax = tl.where(x < 0, -1.0, 1.0) * (grad_scale * clip)[:, None]
-        grad_x += tl.where(mask & (within[None, :] == largest[:, None]), grad_absmax, 0.0)
-        grad_s += tl.sum(grad_x * x, 0)
+        grad_x = _with_share_of_largest(grad_x, x, within, absmax, largest, grad_scale * clip, smallest)
+        grad_s += grad_x * x
         if form != "none":
-            grad_ab = ((grad_x * w.to(tl.float32) if form == "slrec" else grad_x) * s[None, :]).to(w.dtype)
+            grad_ab = (grad_x * by_ab).to(w.dtype)
             grad_b = tl.dot(tl.trans(grad_ab), a, grad_b, input_precision="ieee")
             grad_a = tl.dot(grad_ab, tl.trans(b), input_precision="ieee")
             out = grad_a_ptr + (tile * rows + o).to(tl.int64)[:, None] * rank + r[None, :]
@@ -322,7 +342,7 @@ def weight_gradient(
         out = grad_b_ptr + (part * rank + r)[None, :] * columns + i[:, None]
         tl.store(out, grad_b, (within < size)[:, None] & (r < rank)[None, :])
     if smoothed:
-        tl.store(grad_s_ptr + part * columns + i, grad_s / s, within < size)
+        tl.store(grad_s_ptr + part * columns + i, tl.sum(grad_s, 0) / s, within < size)
 
 
 @triton.jit

@@ -6,14 +6,19 @@ from torch import Tensor
 from bisup_lightning.quant.affine import wide
 
 
+def _product(w_OI: Tensor, a_OR: Tensor, b_RI: Tensor) -> Tensor:
+    """AB of A and B in W's dtype, summed up wide."""
+    return wide(a_OR.to(w_OI.dtype)) @ wide(b_RI.to(w_OI.dtype))
+
+
 def slrec(w_OI: Tensor, a_OR: Tensor, b_RI: Tensor) -> Tensor:
-    """Stabilized form W ⊙ (1 + AB) of eq. 7: the weight anchors the correction. AB in W's dtype, the rest wide."""
-    return wide(w_OI) * (1 + wide(a_OR.to(w_OI.dtype) @ b_RI.to(w_OI.dtype)))
+    """Stabilized form W ⊙ (1 + AB) of eq. 7: the weight anchors the correction. All of it wide."""
+    return wide(w_OI) * (1 + _product(w_OI, a_OR, b_RI))
 
 
 def lrec(w_OI: Tensor, a_OR: Tensor, b_RI: Tensor) -> Tensor:
-    """Plain form W + AB of eq. 6, kept for the ablation (paper §A.3). AB in W's dtype, the sum wide."""
-    return wide(w_OI) + wide(a_OR.to(w_OI.dtype) @ b_RI.to(w_OI.dtype))
+    """Plain form W + AB of eq. 6, kept for the ablation (paper §A.3). All of it wide."""
+    return wide(w_OI) + _product(w_OI, a_OR, b_RI)
 
 
 def start(rows: int, features: int, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ from bisup_lightning.quant.spec import MIN_SCALE
 R = TypeVar("R")
 
 ROW_TILE = 4096  # elements of an activation that a program holds
-ROW_PARTS = 8  # into which a weight's rows are split, to add up its gradients side by side
+ROW_PARTS = 12  # into which a weight's rows are split, to add up its gradients side by side
 SIZES = ("rows", "columns", "row_stride", "groups", "clip_stride_o", "clip_stride_g")
 STORED = {None: None, torch.float32: None, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -178,6 +178,7 @@ GRADIENT_BLOCKS = (  # the first whose shared memory the GPU has
     {"block_o": 16, "num_warps": 4, "num_stages": 3},
     {"block_o": 16, "num_warps": 4, "num_stages": 1},
 )
+GRADIENT_REGISTERS = {"maxnreg": 168}  # of a thread, so that three programs fit side by side; A's columns up to 32 do
 MAX_RANK = 128  # of A and B; more does not fit beside a tile
 MAX_BLOCK_I = 128
 
@@ -218,7 +219,7 @@ def round_weight(
 
     Args:
         w: W [O, C].
-        a: A [O, R], float32, or None; it and B are multiplied in W's dtype.
+        a: A [O, R], float32, or None; it and B are multiplied in W's dtype, into float32.
         b: B [R, C] likewise.
         s: Factors of the columns [C], float32, or None.
         clip: Clip values [O, G], [1, G] or [1, 1], float32.
@@ -266,6 +267,7 @@ def round_weight_gradient(
             kernels.scale_gradient[grid](*tensors, grad, absmax, part_grad, **constants, **split)
         grad_scale = part_grad.view(-1, split["parts"], rows).sum(1).T.contiguous()
     tiles = absmax.shape[1] * triton.cdiv(size, constants["block_i"])
+    registers = GRADIENT_REGISTERS if constants["block_r"] <= 32 else {}
 
     def add_up(blocks: dict[str, int]) -> list[Tensor]:
         steps = triton.cdiv(rows, ROW_PARTS * blocks["block_o"])
@@ -274,8 +276,9 @@ def round_weight_gradient(
         grad_s = absmax.new_empty(parts, columns if s is not None else 0)
         with torch.cuda.device_of(w):
             kernels.weight_gradient[parts, tiles](
-                *tensors, grad, absmax, largest, grad_scale, grad_a, grad_b, grad_s, **constants, **blocks, steps=steps
-            )
+                *tensors, grad, absmax, largest, grad_scale, grad_a, grad_b, grad_s, **constants, **blocks, steps=steps,
+                **registers,
+            )  # fmt: skip
         return [part_sums.sum(0) for part_sums in (grad_a, grad_b, grad_s)]
 
     sums = _on_what_fits((w.device, w.dtype, rank), GRADIENT_BLOCKS, add_up)

@@ -159,7 +159,7 @@ def test_weights_round_alike_with_the_same_gradients(
     expected, expected_gradients = without_kernels(run)
     if form is None:
         assert_same_values(out, expected)
-    else:  # AB may round the other way in its last digit, and W then to the next point of the grid
+    else:  # sums of AB in another order, and W then goes to the next point of the grid
         assert ((out - expected).abs() > 1e-3 * expected.abs()).float().mean() < 0.01
     assert_same_gradients(gradients, expected_gradients, dtype)
     dense_OI = linear.fuse().dense_weight()
