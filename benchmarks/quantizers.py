@@ -87,10 +87,13 @@ def main() -> None:
         operators.ROUND_BLOCKS, operators.PART = {"block_o": block_o, "num_warps": warps}, part
         for size in (128, 4096):
             weight(14336, 4096, size, rate, f", {block_o} rows, {warps} warps, parts of {part}")
-    for block_i, (block_o, warps), stages in itertools.product((64, 128), ((16, 4), (64, 4), (128, 8)), (1, 2, 3)):
+    tiles = (16, 4, 168), (16, 4, None), (64, 4, None), (128, 8, None)
+    for block_i, (block_o, warps, registers), stages in itertools.product((64, 128), tiles, (1, 2, 3)):
         operators.MAX_BLOCK_I = block_i
         operators.GRADIENT_BLOCKS = ({"block_o": block_o, "num_warps": warps, "num_stages": stages},)
-        weight(14336, 4096, 128, rate, f", {block_o} x {block_i}, {warps} warps, {stages} stages")
+        operators.GRADIENT_REGISTERS = {} if registers is None else {"maxnreg": registers}
+        note = f", {block_o} x {block_i}, {warps} warps, {stages} stages, {registers or 'any'} registers"
+        weight(14336, 4096, 128, rate, note)
     for tile in (2048, 4096, 8192):
         operators.ROW_TILE = tile
         for features, size in ((4096, 128), (4096, 4096), (14336, 14336)):

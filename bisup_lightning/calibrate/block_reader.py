@@ -14,10 +14,13 @@ class BlockReader:
 
     Args:
         model: The full-precision model; its dtype may be set until the first block is read.
+
+    Attributes:
+        end: Behind the last block that will be asked for.
     """
 
     def __init__(self, model: BlockwiseModel) -> None:
-        self.model = model
+        self.model, self.end = model, model.num_layers
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="block-reader")
         self._ahead: dict[int, Future[dict[str, Tensor]]] = {}
         self._stream = side_stream("reading", model.device) if model.device.type == "cuda" else None
@@ -35,7 +38,7 @@ class BlockReader:
 
     def read_ahead(self, index: int) -> None:
         """Begin to read a block, if there is such a one, while the device has something else to do."""
-        if self._stream is not None and index < self.model.num_layers and index not in self._ahead:
+        if self._stream is not None and index < self.end and index not in self._ahead:
             self._ahead[index] = self._executor.submit(self._read, index, self._stream)
 
     def _read(self, index: int, stream: torch.cuda.Stream) -> dict[str, Tensor]:

@@ -224,7 +224,9 @@ class BlockWalk:
     def run(self) -> None:
         """Walk from where it stands to the last block."""
         try:
-            for index in self.relay.blocks(self.next_block, self.model.num_layers):
+            blocks = self.relay.blocks(self.next_block, self.model.num_layers)
+            self.reader.end = blocks.stop
+            for index in blocks:
                 if self.relay.is_finished(index):
                     self._pass(index)
                     continue

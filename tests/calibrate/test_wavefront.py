@@ -7,6 +7,8 @@ import signal
 
 import pytest
 
+from bisup_lightning.calibrate import driver
+from bisup_lightning.calibrate.block_reader import BlockReader
 from bisup_lightning.calibrate.measure import evaluate_run
 from bisup_lightning.calibrate.signals import Signals
 from bisup_lightning.cli import finished_job, main
@@ -197,3 +199,22 @@ def test_independent_blocks_merge_to_the_run_of_one_process(command, tmp_path):
     assert main(["--trust_classes_from=tests", "merge", *map(str, parts), f"--run_dir={merged}"]) == 0
     assert contents(merged / "model") == contents(one / "model")
     assert timeless(merged) == timeless(one)
+
+
+def test_no_block_is_read_ahead_behind_those_that_are_wanted(command, tmp_path, monkeypatch):
+    read = []
+
+    class ReadsAhead(BlockReader):
+        """As on a GPU."""
+
+        def __init__(self, model):
+            super().__init__(model)
+            self._stream = "a stream"
+
+        def _read(self, index, stream):
+            read.append(index)
+            return self.model.layer_tensors(index)
+
+    monkeypatch.setattr(driver, "BlockReader", ReadsAhead)
+    assert main(command(tmp_path / "run", "--parallel.mode=independent", "--blocks=1:3")) == 0
+    assert read == [0, 1, 2]
