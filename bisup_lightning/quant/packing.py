@@ -23,7 +23,7 @@ def pack(codes: Tensor, bits: int, qmin: int) -> Tensor:
     """
     if not 1 <= bits <= 8 or codes.is_floating_point():
         raise ValueError(f"codes must be integers of 1 to 8 bits, not {codes.dtype} of {bits} bits")
-    if codes.numel() and not codes.is_cuda and (codes.min() < qmin or codes.max() >= qmin + 2**bits):
+    if codes.numel() and not codes.is_cuda and not qmin <= codes.min().item() <= codes.max().item() < qmin + 2**bits:
         raise ValueError(f"a code lies outside [{qmin}, {qmin + 2**bits - 1}]")
     return _bit_planes(codes, bits, qmin)
 

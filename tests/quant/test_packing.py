@@ -46,10 +46,12 @@ def test_every_code_survives_in_every_place(bits):
     assert torch.equal(unpack(pack(codes, bits, qmin), 8, qmin).long(), codes)
 
 
+@every_bits
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32, torch.int64])
-def test_any_integer_dtype_packs_alike(dtype):
-    codes = random_codes((3, 21), 4, -8, seed=0, dtype=dtype)
-    assert torch.equal(pack(codes, 4, -8), pack(codes.to(torch.int16), 4, -8))
+def test_any_integer_dtype_packs_alike(dtype, bits):
+    qmin = -(2 ** (bits - 1))
+    codes = random_codes((3, 21), bits, qmin, seed=0, dtype=dtype)
+    assert torch.equal(pack(codes, bits, qmin), pack(codes.to(torch.int16), bits, qmin))
 
 
 def test_views_pack_as_their_copies():
