@@ -21,7 +21,7 @@ from bisup_lightning.data.prompt import Prompt
 from bisup_lightning.data.streams import Streams
 from bisup_lightning.errors import UserError
 from bisup_lightning.evaluate.perplexity import Evaluation
-from bisup_lightning.evaluate.zero_shot import check_tasks, devices_for
+from bisup_lightning.evaluate.zero_shot import check_zero_shot
 from bisup_lightning.files import sha256
 from bisup_lightning.model.block import check_scheme
 from bisup_lightning.model.blockwise import BlockwiseModel
@@ -128,8 +128,7 @@ def check(job: Job, plain: BlockwiseModel, scheme: Scheme) -> None:
         )
     for source in job.evaluation.perplexity:
         corpus.check_source("evaluation.perplexity", source)
-    check_tasks(job.evaluation.zero_shot)
-    devices_for(job.evaluation.devices, job.device)
+    check_zero_shot(job.evaluation, job.device)
     if not any(isinstance(callback, WalkCallback) and callback.saves_blocks for callback in job.callbacks):
         raise UserError(
             "trainer.callbacks: none saves the blocks; add callbacks.checkpoint.BlockCheckpoint as in configs/base.yaml"

@@ -14,7 +14,7 @@ from bisup_lightning.data import corpus
 from bisup_lightning.data.prompt import Prompt
 from bisup_lightning.errors import UserError
 from bisup_lightning.evaluate.perplexity import Evaluation, evaluate
-from bisup_lightning.evaluate.zero_shot import check_tasks, devices_for, fetch_tasks, zero_shot
+from bisup_lightning.evaluate.zero_shot import check_zero_shot, devices_for, fetch_tasks, zero_shot
 from bisup_lightning.hub.load import load_behind_prompt, load_quantized, open_quantized
 from bisup_lightning.model.blockwise import BlockwiseModel
 from bisup_lightning.model.checkpoint import resolve
@@ -87,8 +87,7 @@ def read_results(run_dir: Path) -> dict[str, Any]:
 
 def evaluate_run(job: Job) -> dict[str, Any]:
     """Measure a finished run's model again, as `fit` did: `perplexity` and `zero_shot` of results.json."""
-    check_tasks(job.evaluation.zero_shot)
-    devices_for(job.evaluation.devices, job.device)
+    check_zero_shot(job.evaluation, job.device)
     fetch_tasks(job.evaluation.zero_shot)
     fp, tokenizer = open_checkpoint(job.checkpoint, job.device)
     sets = evaluation_sets(job.evaluation, job.data.seq_len, job.seed, fp, tokenizer)
@@ -112,8 +111,7 @@ def evaluate_checkpoint(
     fp, tokenizer = open_checkpoint(checkpoint, device)
     if not evaluation.perplexity and not evaluation.zero_shot:
         raise UserError("evaluation.perplexity: name at least one set, such as '[wikitext2]', or evaluation.zero_shot")
-    check_tasks(evaluation.zero_shot)
-    devices_for(evaluation.devices, device)
+    check_zero_shot(evaluation, device)
     fetch_tasks(evaluation.zero_shot)
     sets = evaluation_sets(evaluation, 2048, seed, fp, tokenizer)
     ids = prompt.ids(tokenizer, fp.family.config)

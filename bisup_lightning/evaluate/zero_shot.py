@@ -13,6 +13,7 @@ import torch.distributed as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bisup_lightning.errors import UserError
+from bisup_lightning.evaluate.perplexity import Evaluation
 
 TASKS = {  # with the metric that the field reports
     "arc_challenge": "acc_norm",
@@ -49,12 +50,13 @@ class Score:
     documents: int
 
 
-def check_tasks(tasks: Sequence[str]) -> None:
-    """Refuse tasks that can't be run, before any work.
+def check_zero_shot(evaluation: Evaluation, device: torch.device) -> None:
+    """Refuse tasks that can't be run, or not on so many devices, before any work.
 
     Raises:
         UserError: Naming the key, and the known tasks or the fault of a file.
     """
+    tasks = evaluation.zero_shot
     for task in tasks:
         if task not in TASKS and not task.endswith(".jsonl"):
             raise UserError(f"evaluation.zero_shot: {task} is none of {', '.join(TASKS)} and no .jsonl file")
@@ -64,6 +66,7 @@ def check_tasks(tasks: Sequence[str]) -> None:
         raise UserError(f"evaluation.zero_shot: two of {', '.join(tasks)} share a name")
     if tasks:
         _lm_eval()
+    devices_for(evaluation.devices, device)
 
 
 def devices_for(count: int, device: torch.device) -> list[torch.device]:

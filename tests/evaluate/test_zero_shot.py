@@ -14,7 +14,15 @@ from bisup_lightning import cli
 from bisup_lightning.calibrate.signals import Signals
 from bisup_lightning.cli import main
 from bisup_lightning.errors import UserError
-from bisup_lightning.evaluate.zero_shot import TASKS, check_tasks, devices_for, fetch_tasks, known_to_lm_eval, zero_shot
+from bisup_lightning.evaluate.perplexity import Evaluation
+from bisup_lightning.evaluate.zero_shot import (
+    TASKS,
+    check_zero_shot,
+    devices_for,
+    fetch_tasks,
+    known_to_lm_eval,
+    zero_shot,
+)
 from bisup_lightning.hub.load import load_behind_prompt, load_quantized
 from tests.tools import RTN
 
@@ -218,7 +226,7 @@ def hub(monkeypatch):
 
 
 def test_every_name_is_one_of_lm_evals_own(lm_eval):
-    check_tasks(list(TASKS))
+    check_zero_shot(Evaluation(zero_shot=list(TASKS)), CPU)
     assert set(TASKS) <= set(known_to_lm_eval().all_tasks)
 
 
@@ -272,14 +280,14 @@ def test_files_of_no_use_are_refused(tmp_path, content, words):
     if content is not None:
         path.write_text(content)
     with pytest.raises(UserError, match=words):
-        check_tasks([str(path)])
+        check_zero_shot(Evaluation(zero_shot=[str(path)]), CPU)
 
 
 def test_two_files_of_one_name_are_refused(tmp_path):
     (tmp_path / "a").mkdir()
     paths = [write_rows(folder / "rows.jsonl", choice_rows(2)) for folder in (tmp_path, tmp_path / "a")]
     with pytest.raises(UserError, match="share a name"):
-        check_tasks(paths)
+        check_zero_shot(Evaluation(zero_shot=paths), CPU)
 
 
 def test_an_unknown_task_is_answered_with_the_known(checkpoint, fit_arguments, tmp_path, capsys):
