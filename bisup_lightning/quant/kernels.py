@@ -185,7 +185,7 @@ def _part_of_group(
     w = tl.load(w_row + i[None, :], mask, 0.0)
     b, s = _columns_of(b_ptr, s_ptr, i, columns, rank, form, smoothed, w.dtype, block_r)
     x = _compensated(w, a, b, s, form)[0]
-    if size % block_i:  # AB goes on into the next group
+    if size != block_i:  # AB goes on into the next group
         x = tl.where((within < size)[None, :], x, 0.0)
     return i, within, mask, x
 

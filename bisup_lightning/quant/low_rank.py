@@ -12,12 +12,12 @@ def _product(w_OI: Tensor, a_OR: Tensor, b_RI: Tensor) -> Tensor:
 
 
 def slrec(w_OI: Tensor, a_OR: Tensor, b_RI: Tensor) -> Tensor:
-    """Stabilized form W ⊙ (1 + AB) of eq. 7: the weight anchors the correction. All of it wide."""
+    """Stabilized form W ⊙ (1 + AB) of eq. 7: the weight anchors the correction. All but A and B is wide."""
     return wide(w_OI) * (1 + _product(w_OI, a_OR, b_RI))
 
 
 def lrec(w_OI: Tensor, a_OR: Tensor, b_RI: Tensor) -> Tensor:
-    """Plain form W + AB of eq. 6, kept for the ablation (paper §A.3). All of it wide."""
+    """Plain form W + AB of eq. 6, kept for the ablation (paper §A.3). All but A and B is wide."""
     return wide(w_OI) + _product(w_OI, a_OR, b_RI)
 
 

@@ -28,6 +28,7 @@ SHAPES = [
     (3, 128, 256),
     (4, None, 1160),
     (3, 600, 1200),
+    (4, 640, 1280),
     (8, None, 96),
     (2, 24, 72),
 ]  # bits, group size, features
@@ -164,6 +165,18 @@ def test_weights_round_alike_with_the_same_gradients(
     assert_same_gradients(gradients, expected_gradients, dtype)
     dense_OI = linear.fuse().dense_weight()
     assert torch.equal(dense_OI.to(dtype), out)  # what was learned with is what is stored
+
+
+@pytest.mark.parametrize("size", [24, 128, 600, 640])
+def test_a_group_knows_nothing_of_the_next(size):
+    """Whose AB is a hundred times as large, and where W does not hide it."""
+    w_OI, a_OR, b_RI = torch.zeros(20, 2 * size, device=DEVICE), random(20, 4), random(4, 2 * size, seed=1)
+    b_RI[:, size:] *= 100
+    clip_OG = torch.ones(20, 2, device=DEVICE)
+    given = w_OI, a_OR, b_RI, None, clip_OG, 4, size, "lrec", None, torch.float32, False
+    absmax_OG = affine.operators.round_weight(*given)[1]
+    expected_OG = (a_OR @ b_RI).abs().unflatten(-1, (2, size)).amax(-1)
+    torch.testing.assert_close(absmax_OG, expected_OG, rtol=1e-5, atol=1e-5)
 
 
 def test_a_value_that_is_not_finite_is_seen():
