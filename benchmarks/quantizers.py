@@ -45,9 +45,9 @@ def weight(rows: int, features: int, size: int, rate: float, note: str = "") -> 
     grad = torch.randn_like(w)
     name = f"{rows} x {features}, groups of {size}{note}"
     options = (w, a, b, s, clip, 4, size, "slrec", torch.bfloat16)
-    for coded in (False, True):
-        step = lambda c=coded: operators.round_weight(*options, torch.bfloat16, c)  # noqa: E731
-        report(f"round {name}{', with codes' * coded}", step, (4 + coded) * w.numel(), rate)
+    for codes in (None, torch.float8_e4m3fn):
+        step = lambda c=codes: operators.round_weight(*options, torch.bfloat16, c)  # noqa: E731
+        report(f"round {name}{', with codes' if codes else ''}", step, (5 if codes else 4) * w.numel(), rate)
     absmax, largest = step()[1:3]
     backward = lambda: operators.round_weight_gradient(grad, absmax, largest, *options)  # noqa: E731
     report(f"gradients {name}", backward, 4 * w.numel(), rate)
@@ -87,12 +87,12 @@ def main() -> None:
         operators.ROUND_BLOCKS, operators.PART = {"block_o": block_o, "num_warps": warps}, part
         for size in (128, 4096):
             weight(14336, 4096, size, rate, f", {block_o} rows, {warps} warps, parts of {part}")
-    tiles = (16, 4, 168), (16, 4, None), (64, 4, None), (128, 8, None)
-    for block_i, (block_o, warps, registers), stages in itertools.product((64, 128), tiles, (1, 2, 3)):
-        operators.MAX_BLOCK_I = block_i
-        operators.GRADIENT_BLOCKS = ({"block_o": block_o, "num_warps": warps, "num_stages": stages},)
-        operators.GRADIENT_REGISTERS = {} if registers is None else {"maxnreg": registers}
-        note = f", {block_o} x {block_i}, {warps} warps, {stages} stages, {registers or 'any'} registers"
+    tiles = (16, 4, 168), (16, 4, None), (64, 4, 168), (64, 4, None), (128, 8, None)
+    for (block_o, warps, registers), stages, parts in itertools.product(tiles, (1, 2, 3), (4, 8, 12, 16)):
+        blocks = {"block_o": block_o, "num_warps": warps, "num_stages": stages}
+        operators.GRADIENT_BLOCKS = (blocks | ({"maxnreg": registers} if registers else {}),)
+        operators.ROW_PARTS = parts
+        note = f", {block_o} rows, {warps} warps, {stages} stages, {registers or 'any'} registers, {parts} parts"
         weight(14336, 4096, 128, rate, note)
     for tile in (2048, 4096, 8192):
         operators.ROW_TILE = tile

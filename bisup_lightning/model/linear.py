@@ -20,8 +20,6 @@ from bisup_lightning.quant.affine import (
     fake_quantize_segments,
     operators,
     quantize,
-    storable,
-    to_groups,
     wide,
 )
 from bisup_lightning.quant.clipping import search_weight_clip
@@ -34,6 +32,11 @@ from bisup_lightning.quant.spec import QuantSpec, Segment
 LowRankForm = Literal["slrec", "lrec"]
 EVERY = slice(None)
 LOW_RANK = {"slrec": low_rank.slrec, "lrec": low_rank.lrec}
+
+
+def _side_by_side(parts: Sequence[Tensor]) -> Tensor:
+    """Columns that stand next to each other, without a copy where there is one part."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), -1)
 
 
 class InputQuantizer(nn.Module):
@@ -222,7 +225,7 @@ class QuantLinear(nn.Module):
             else:
                 part_OC = fake_quantize(self.compensated_weight(columns), segment.spec, clip, self.storage_dtype)
             parts.append(part_OC.to(dtype))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+        return _side_by_side(parts)
 
     def _segments(self) -> Iterator[tuple[Segment, slice, Tensor]]:
         """Each segment with its columns and clip values."""
@@ -235,7 +238,12 @@ class QuantLinear(nn.Module):
         return operators is not None and operators.take(self.weight, rank)
 
     def _rounded_by_kernel(
-        self, spec: QuantSpec, columns: slice, clip: Tensor, dtype: torch.dtype, coded: bool = False
+        self,
+        spec: QuantSpec,
+        columns: slice,
+        clip: Tensor,
+        dtype: torch.dtype,
+        code_dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, ...]:
         """What `round_weight` gives for some columns of Ŵ, keeping nothing of W's size for the gradients."""
         factors_I = self.column_factors()
@@ -244,14 +252,16 @@ class QuantLinear(nn.Module):
         return operators.round_weight(
             self.weight[:, columns], self.low_rank_a, b_RC, None if factors_I is None else factors_I[columns], clip,
             spec.bits, spec.group_size or columns.stop - columns.start, "none" if b_RC is None else self.low_rank_form,
-            self.storage_dtype, dtype, coded,
+            self.storage_dtype, dtype, code_dtype,
         )  # fmt: skip
 
     def coded_weight(self) -> Coded:
         """Ŵ [O, I] with its codes; for a weight of one segment."""
         ((segment, columns, clip),) = self._segments()
         assert segment.spec is not None
-        values, *_, codes, scale_GO = self._rounded_by_kernel(segment.spec, columns, clip, self.weight.dtype, True)
+        values, *_, codes, scale_GO = self._rounded_by_kernel(
+            segment.spec, columns, clip, self.weight.dtype, torch.float8_e4m3fn
+        )
         return Coded(values, codes, scale_GO)
 
     def forward(self, x_BTI: Tensor | Coded) -> Tensor:
@@ -273,22 +283,20 @@ class QuantLinear(nn.Module):
     @torch.no_grad()
     def fuse(self) -> "PackedLinear":
         """The linear with Θ folded in and the weight as integer codes; it computes the same output."""
-        packed = [
-            PackedSegment.of_values(self.compensated_weight(columns), self.storage_dtype)
-            if segment.spec is None
-            else PackedSegment.of_codes(*self._codes(segment.spec, columns, clip), segment.spec)
-            for segment, columns, clip in self._segments()
-        ]
+        packed = [self._packed(*part) for part in self._segments()]
         return PackedLinear(packed, self.bias, self.input_quantizer)
 
-    def _codes(self, spec: QuantSpec, columns: slice, clip: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes [O, C] and scales [O, G] of some columns: those of `quantized_weight`."""
+    def _packed(self, segment: Segment, columns: slice, clip: Tensor) -> "PackedSegment":
+        """Some columns with the codes of `quantized_weight`."""
+        if segment.spec is None:
+            return PackedSegment.of_values(self.compensated_weight(columns), self.storage_dtype)
         if not self._by_kernels():
-            return quantize(self.compensated_weight(columns), spec, clip, self.storage_dtype)[:2]
-        w_OC, absmax_OG = self._rounded_by_kernel(spec, columns, clip, torch.float32)[:2]
-        scale_OG = storable(absmax_OG * (1 / spec.qmax) * clip, self.storage_dtype)  # as the kernel does
-        codes_OGg = to_groups(w_OC, spec) / scale_OG.unsqueeze(-1)
-        return codes_OGg.round().flatten(-2).to(torch.int16), scale_OG
+            codes_OC, scale_OG, _ = quantize(self.compensated_weight(columns), segment.spec, clip, self.storage_dtype)
+            return PackedSegment.of_codes(codes_OC, scale_OG, segment.spec)
+        values_OC, *_, codes_OC, scale_GO = self._rounded_by_kernel(
+            segment.spec, columns, clip, self.weight.dtype, torch.int8
+        )
+        return PackedSegment.of_codes(codes_OC, scale_GO.T.contiguous(), segment.spec, values_OC)
 
 
 class PackedSegment(nn.Module):
@@ -302,10 +310,12 @@ class PackedSegment(nn.Module):
     codes: Tensor  # codes and scale where there is a quantizer, else values; the rest is None
     scale: Tensor
     values: Tensor
+    known_OC: Tensor | None  # what the codes stand for, in the dtype that W had
 
     def __init__(self, rows: int, segment: Segment) -> None:
         super().__init__()
         self.columns, self.spec = segment.columns, segment.spec
+        self.register_buffer("known_OC", None, persistent=False)
         for name in ("codes", "scale", "values"):
             self.register_buffer(name, None)
         if segment.spec is None:
@@ -315,11 +325,14 @@ class PackedSegment(nn.Module):
             self.scale = torch.empty(rows, segment.spec.groups(segment.columns))
 
     @classmethod
-    def of_codes(cls, codes_OC: Tensor, scale_OG: Tensor, spec: QuantSpec) -> "PackedSegment":
-        """Pack codes with their scales."""
+    def of_codes(
+        cls, codes_OC: Tensor, scale_OG: Tensor, spec: QuantSpec, known_OC: Tensor | None = None
+    ) -> "PackedSegment":
+        """Pack codes with their scales, and keep what they stand for, if it is known, until somebody wants it."""
         with torch.device("meta"):
             packed = cls(codes_OC.shape[0], Segment(codes_OC.shape[1], spec))
         packed.codes, packed.scale = pack(codes_OC, spec.bits, spec.qmin), scale_OG
+        packed.known_OC = known_OC
         return packed
 
     @classmethod
@@ -335,6 +348,11 @@ class PackedSegment(nn.Module):
         if self.spec is None:
             return wide(self.values)
         return dequantize(restore(self.codes, self.columns, self.spec.qmin), self.scale)
+
+    def take_dense(self, dtype: torch.dtype) -> Tensor:
+        """The same in a dtype; what is known is given away, not unpacked."""
+        known_OC, self.known_OC = self.known_OC, None
+        return self.dense(fast_unpack).to(dtype) if known_OC is None or known_OC.dtype != dtype else known_OC
 
     def extra_repr(self) -> str:
         """Width and quantizer in `print(model)`."""
@@ -363,12 +381,12 @@ class PackedLinear(nn.Module):
 
     def hold_dense(self, dtype: torch.dtype) -> None:
         """Keep Ŵ in the dtype that inputs have, from now on, beside its codes."""
-        self.held_OI = self.dense_weight(fast_unpack).to(dtype)
+        if self.held_OI is None or self.held_OI.dtype != dtype:
+            self.held_OI = _side_by_side([segment.take_dense(dtype) for segment in self.segments])
 
-    def dense_weight(self, restore: Callable[[Tensor, int, int], Tensor] = unpack) -> Tensor:
+    def dense_weight(self) -> Tensor:
         """Ŵ [O, I] in the wide dtype."""
-        parts = [segment.dense(restore) for segment in self.segments]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+        return _side_by_side([segment.dense() for segment in self.segments])
 
     def forward(self, x_BTI: Tensor) -> Tensor:
         """⟨x⟩ Ŵᵀ + bias, in x's dtype."""

@@ -43,16 +43,17 @@ def _by_scale(t, qmin: tl.constexpr, qmax: tl.constexpr):
 
 @triton.jit
 def _largest(x, i):
-    """Largest magnitude of each row, and the first of the places i that has it."""
+    """Largest magnitude of each row, and the first of the places i that has it: as 2i, or 2i + 1 if it is negative."""
     absmax = tl.max(tl.abs(x), 1)
-    return absmax, tl.min(tl.where(tl.abs(x) == absmax[:, None], i[None, :], 2147483647), 1)
+    place = 2 * i[None, :] - (x.to(tl.int32, bitcast=True) >> 31)
+    return absmax, tl.min(tl.where(tl.abs(x) == absmax[:, None], place, 2147483647), 1)
 
 
 @triton.jit
-def _with_share_of_largest(grad_x, x, i, absmax, largest, grad_absmax, smallest: tl.constexpr):
+def _with_share_of_largest(grad_x, i, largest, grad_absmax):
     """Gradients of x, with what the largest of a row, ±absmax, has from the row's scale."""
-    along_x = grad_absmax / tl.maximum(absmax, smallest)
-    return tl.where(i[None, :] == largest[:, None], grad_x + along_x[:, None] * x, grad_x)
+    grad_largest = tl.where(largest % 2 == 1, -grad_absmax, grad_absmax)
+    return tl.where(2 * i[None, :] == (largest & -2)[:, None], grad_x + grad_largest[:, None], grad_x)
 
 
 @triton.jit
@@ -127,7 +128,7 @@ def round_rows_gradient(
         grad = tl.load(grad_ptr + place, mask, 0.0).to(tl.float32)
         t = x * (1.0 / scale)[:, None]
     grad_x = tl.where(_inside(t, qmin, qmax), grad, 0.0)
-    grad_x = _with_share_of_largest(grad_x, x, i, absmax, largest, grad_scale * clip, smallest)
+    grad_x = _with_share_of_largest(grad_x, i, largest, grad_scale * clip)
     if up_ptr is not None:
         dtype: tl.constexpr = x_ptr.dtype.element_ty
         grad_product = grad_x.to(dtype).to(tl.float32)
@@ -165,12 +166,13 @@ def _columns_of(
 
 @triton.jit
 def _compensated(w, a, b, s, form: tl.constexpr):
-    """A tile of (W ⊙ (1 + AB)) · s2 or (W + AB) · s2, and what AB is multiplied by in it."""
-    x = w.to(tl.float32) * s[None, :]
-    by_ab = x if form == "slrec" else s[None, :]
+    """A tile of (W ⊙ (1 + AB)) · s2 or (W + AB) · s2, what of it W · s2 is, and what AB is multiplied by in it."""
+    scaled = w.to(tl.float32) * s[None, :]
+    by_ab = scaled if form == "slrec" else s[None, :]
+    x = scaled
     if form != "none":
         x += by_ab * tl.dot(a, b, input_precision="ieee")
-    return x, by_ab
+    return x, scaled, by_ab
 
 
 @triton.jit
@@ -217,33 +219,55 @@ def largest_of_parts(
 
 
 @triton.jit
-def round_weight(
-    w_ptr, a_ptr, b_ptr, s_ptr, clip_ptr, part_absmax_ptr, part_largest_ptr,
-    out_ptr, absmax_ptr, largest_ptr, codes_ptr, scale_ptr,
+def round_groups(
+    w_ptr, a_ptr, b_ptr, s_ptr, clip_ptr, out_ptr, absmax_ptr, largest_ptr, codes_ptr, scale_ptr,
     rows, columns, row_stride, groups, clip_stride_o, clip_stride_g,
+    rank: tl.constexpr, size: tl.constexpr, form: tl.constexpr, smoothed: tl.constexpr, stored: tl.constexpr,
+    qmin: tl.constexpr, qmax: tl.constexpr, smallest: tl.constexpr, most: tl.constexpr, coded: tl.constexpr,
+    block_o: tl.constexpr, block_i: tl.constexpr, block_r: tl.constexpr,
+):  # fmt: skip
+    """⟨W⟩ for some rows of a group, all of which a tile holds."""
+    o = tl.program_id(0) * block_o + tl.arange(0, block_o)
+    group = tl.program_id(1)
+    w_row = w_ptr + o.to(tl.int64)[:, None] * row_stride
+    a = _low_rank_rows(w_ptr, a_ptr, o, rows, rank, form, block_r)
+    i, within, mask, x = _part_of_group(
+        w_row, a, b_ptr, s_ptr, o, group, 0, rows, columns, rank, size, form, smoothed, block_i, block_r
+    )
+    absmax, largest = _largest(x, within)
+    clip = tl.load(clip_ptr + o * clip_stride_o + group * clip_stride_g, o < rows, 1.0)
+    scale = _scale(absmax, clip, qmax, stored, smallest, most)[0]
+    tl.store(absmax_ptr + o * groups + group, absmax, o < rows)
+    tl.store(largest_ptr + o * groups + group, largest, o < rows)
+    codes = _nearest(x * (1.0 / scale)[:, None], qmin, qmax)
+    place = o.to(tl.int64)[:, None] * columns + i[None, :]
+    tl.store(out_ptr + place, (codes * scale[:, None]).to(out_ptr.dtype.element_ty), mask)
+    if coded:
+        tl.store(scale_ptr + group * rows + o, scale, o < rows)
+        tl.store(codes_ptr + place, codes.to(codes_ptr.dtype.element_ty), mask)
+
+
+@triton.jit
+def round_parts(
+    w_ptr, a_ptr, b_ptr, s_ptr, clip_ptr, out_ptr, absmax_ptr, largest_ptr, codes_ptr, scale_ptr,
+    part_absmax_ptr, part_largest_ptr, rows, columns, row_stride, groups, clip_stride_o, clip_stride_g,
     rank: tl.constexpr, size: tl.constexpr, parts: tl.constexpr, span: tl.constexpr,
     form: tl.constexpr, smoothed: tl.constexpr, stored: tl.constexpr,
     qmin: tl.constexpr, qmax: tl.constexpr, smallest: tl.constexpr, most: tl.constexpr, coded: tl.constexpr,
     block_o: tl.constexpr, block_i: tl.constexpr, block_r: tl.constexpr, block_p: tl.constexpr,
 ):  # fmt: skip
-    """⟨W⟩ for some rows of a group, or of a part of a long one, whose largest magnitude `largest_of_parts` found."""
+    """⟨W⟩ for some rows of a part of a long group, whose largest magnitude `largest_of_parts` found."""
     o = tl.program_id(0) * block_o + tl.arange(0, block_o)
     group, part = tl.program_id(1) // parts, tl.program_id(1) % parts
     w_row = w_ptr + o.to(tl.int64)[:, None] * row_stride
     start_of_row = o.to(tl.int64)[:, None] * columns
     a = _low_rank_rows(w_ptr, a_ptr, o, rows, rank, form, block_r)
-    if size <= block_i:  # all of it is here
-        i, within, mask, x = _part_of_group(
-            w_row, a, b_ptr, s_ptr, o, group, 0, rows, columns, rank, size, form, smoothed, block_i, block_r
-        )
-        absmax, largest = _largest(x, within)
-    else:
-        p = tl.arange(0, block_p)
-        there = (o < rows)[:, None] & (p < parts)[None, :]
-        found = (group * parts + p)[None, :] * rows + o[:, None]
-        absmax, winner = tl.max(tl.load(part_absmax_ptr + found, there, -1.0), 1, return_indices=True)
-        places = tl.load(part_largest_ptr + found, there, 0)
-        largest = tl.sum(tl.where(p[None, :] == winner[:, None], places, 0), 1)
+    p = tl.arange(0, block_p)
+    there = (o < rows)[:, None] & (p < parts)[None, :]
+    found = (group * parts + p)[None, :] * rows + o[:, None]
+    absmax, winner = tl.max(tl.load(part_absmax_ptr + found, there, -1.0), 1, return_indices=True)
+    places = tl.load(part_largest_ptr + found, there, 0)
+    largest = tl.sum(tl.where(p[None, :] == winner[:, None], places, 0), 1)
     clip = tl.load(clip_ptr + o * clip_stride_o + group * clip_stride_g, o < rows, 1.0)
     scale = _scale(absmax, clip, qmax, stored, smallest, most)[0]
     if part == 0:
@@ -252,11 +276,10 @@ def round_weight(
         if coded:
             tl.store(scale_ptr + group * rows + o, scale, o < rows)
     for start in range(0, span, block_i):
-        if size > block_i:
-            at = part * span + start
-            i, _, mask, x = _part_of_group(
-                w_row, a, b_ptr, s_ptr, o, group, at, rows, columns, rank, size, form, smoothed, block_i, block_r
-            )
+        at = part * span + start
+        i, _, mask, x = _part_of_group(
+            w_row, a, b_ptr, s_ptr, o, group, at, rows, columns, rank, size, form, smoothed, block_i, block_r
+        )
         codes = _nearest(x * (1.0 / scale)[:, None], qmin, qmax)
         tl.store(out_ptr + start_of_row + i[None, :], (codes * scale[:, None]).to(out_ptr.dtype.element_ty), mask)
         if coded:
@@ -309,16 +332,19 @@ def weight_gradient(
     within = tile % tiles * block_i + tl.arange(0, block_i)
     i = group * size + within
     r = tl.arange(0, block_r)
-    b, s = _columns_of(b_ptr, s_ptr, i, columns, rank, form, smoothed, w_ptr.dtype.element_ty, block_r)
-    grad_b = tl.zeros((block_i, block_r), tl.float32)  # transposed: tensor cores want 64 rows or more
-    grad_s = tl.zeros((block_o, block_i), tl.float32)
+    dtype: tl.constexpr = w_ptr.dtype.element_ty
+    b, s = _columns_of(b_ptr, s_ptr, i, columns, rank, form, smoothed, dtype, block_r)
+    # Tensor cores add up columns: transposed, as they want 64 rows or more.
+    grad_b = tl.zeros((block_i, block_r), tl.float32)
+    grad_scaled = tl.zeros((block_i, 16), tl.float32)  # Σ ∂/∂(W · s2) · W · s2, 16 times
+    ones = tl.full((block_o, 16), 1.0, dtype)
     for step in range(steps):
         o = (part * steps + step) * block_o + tl.arange(0, block_o)
         mask = (o < rows)[:, None] & (within < size)[None, :]
         w = tl.load(w_ptr + o.to(tl.int64)[:, None] * row_stride + i[None, :], mask, 0.0)
         grad = tl.load(grad_ptr + o.to(tl.int64)[:, None] * columns + i[None, :], mask, 0.0).to(tl.float32)
         a = _low_rank_rows(w_ptr, a_ptr, o, rows, rank, form, block_r)
-        x, by_ab = _compensated(w, a, b, s, form)
+        x, scaled, by_ab = _compensated(w, a, b, s, form)
         absmax = tl.load(absmax_ptr + o * groups + group, o < rows, 0.0)
         largest = tl.load(largest_ptr + o * groups + group, o < rows, 0)
         clip = tl.load(clip_ptr + o * clip_stride_o + group * clip_stride_g, o < rows, 1.0)
@@ -330,19 +356,23 @@ def weight_gradient(
             tl.store(grad_scale_ptr + o * groups + group, grad_scale, o < rows)
         else:
             grad_scale = tl.load(grad_scale_ptr + o * groups + group, o < rows, 0.0)
-        grad_x = _with_share_of_largest(grad_x, x, within, absmax, largest, grad_scale * clip, smallest)
-        grad_s += grad_x * x
+        grad_x = _with_share_of_largest(grad_x, within, largest, grad_scale * clip)
         if form != "none":
-            grad_ab = (grad_x * by_ab).to(w.dtype)
+            grad_ab = (grad_x * by_ab).to(dtype)
             grad_b = tl.dot(tl.trans(grad_ab), a, grad_b, input_precision="ieee")
             grad_a = tl.dot(grad_ab, tl.trans(b), input_precision="ieee")
             out = grad_a_ptr + (tile * rows + o).to(tl.int64)[:, None] * rank + r[None, :]
             tl.store(out, grad_a, (o < rows)[:, None] & (r < rank)[None, :])
+        if smoothed:
+            by_scaled = grad_ab if form == "slrec" else (grad_x * scaled).to(dtype)
+            grad_scaled = tl.dot(tl.trans(by_scaled), ones, grad_scaled, input_precision="ieee")
+    grad_s = tl.max(grad_scaled, 1)
     if form != "none":
         out = grad_b_ptr + (part * rank + r)[None, :] * columns + i[:, None]
         tl.store(out, grad_b, (within < size)[:, None] & (r < rank)[None, :])
+        grad_s += tl.sum(grad_b * tl.trans(b).to(tl.float32), 1)  # Σ ∂/∂(AB) · AB
     if smoothed:
-        tl.store(grad_s_ptr + part * columns + i, tl.sum(grad_s, 0) / s, within < size)
+        tl.store(grad_s_ptr + part * columns + i, grad_s / s, within < size)
 
 
 @triton.jit

@@ -22,7 +22,7 @@ from bisup_lightning.quant.spec import MIN_SCALE
 R = TypeVar("R")
 
 ROW_TILE = 4096  # elements of an activation that a program holds
-ROW_PARTS = 12  # into which a weight's rows are split, to add up its gradients side by side
+ROW_PARTS = 8  # into which a weight's rows are split, to add up its gradients side by side
 SIZES = ("rows", "columns", "row_stride", "groups", "clip_stride_o", "clip_stride_g")
 STORED = {None: None, torch.float32: None, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -68,7 +68,8 @@ def _limits(bits: int) -> dict[str, float]:
 
 
 def _room_for_rows(x: Tensor, size: int, coded: bool) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device), *_room_for_codes(x, x.shape, size, coded)
+    code_dtype = torch.float8_e4m3fn if coded else None
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device), *_room_for_codes(x, x.shape, size, code_dtype)
 
 
 def _room_for_row_gradients(x: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -76,15 +77,19 @@ def _room_for_row_gradients(x: Tensor, up: Tensor | None) -> tuple[Tensor, Tenso
     return grad_x, grad_x.new_empty(0) if up is None else torch.empty_like(grad_x)
 
 
-def _room_for_codes(x: Tensor, shape: Sequence[int], size: int, coded: bool) -> tuple[Tensor, Tensor]:
-    """Codes are bytes outside of kernels: autograd would make gradients for float8."""
-    codes = torch.empty(shape if coded else 0, dtype=torch.uint8, device=x.device)
+def _room_for_codes(
+    x: Tensor, shape: Sequence[int], size: int, code_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
+    """Those of a weight or rows [..., I], and scales. Codes in float8 are bytes: autograd would make gradients."""
+    coded = code_dtype is not None
+    dtype = torch.int8 if code_dtype == torch.int8 else torch.uint8
+    codes = torch.empty(shape if coded else 0, dtype=dtype, device=x.device)
     return codes, x.new_empty((shape[-1] // size, math.prod(shape[:-1])) if coded else 0, dtype=torch.float32)
 
 
 def _as_float8(codes: Tensor) -> Tensor:
-    """None stay bytes: where a GPU lacks float8, kernels may not even name it."""
-    return codes.view(torch.float8_e4m3fn) if codes.numel() else codes
+    """Bytes as what they are; none stay bytes: where a GPU lacks float8, kernels may not even name it."""
+    return codes.view(torch.float8_e4m3fn) if codes.numel() and codes.dtype == torch.uint8 else codes
 
 
 def _row_blocks(size: int) -> dict[str, int]:
@@ -174,11 +179,11 @@ ROUND_BLOCKS = {"block_o": 64, "num_warps": 4}
 PART = 512  # columns of a part of a long group
 SEARCH_TILE = 4096  # elements of a weight for which clip values are tried at a time
 MAX_SEARCH_BLOCK_I = 512
-GRADIENT_BLOCKS = (  # the first whose shared memory the GPU has
-    {"block_o": 16, "num_warps": 4, "num_stages": 3},
+GRADIENT_BLOCKS = (  # the first whose shared memory the GPU has; a row's sum stays within a warp
+    {"block_o": 64, "num_warps": 4, "num_stages": 2},
+    {"block_o": 64, "num_warps": 4, "num_stages": 1},
     {"block_o": 16, "num_warps": 4, "num_stages": 1},
 )
-GRADIENT_REGISTERS = {"maxnreg": 168}  # of a thread, so that three programs fit side by side; A's columns up to 32 do
 MAX_RANK = 128  # of A and B; more does not fit beside a tile
 MAX_BLOCK_I = 128
 
@@ -201,21 +206,22 @@ def _weight_arguments(
 
 
 def _split(w: Tensor, size: int) -> tuple[tuple[int, int], dict[str, int]]:
-    """Programs of a kernel that takes a tile of rows in a group, or in a part of a long group, and its constants."""
-    span = size if size <= MAX_BLOCK_I else PART
-    parts = triton.cdiv(size, span)
+    """Programs of a kernel that takes a tile of rows in a part of a long group, and its constants."""
+    parts = triton.cdiv(size, PART)
     grid = triton.cdiv(w.shape[0], ROUND_BLOCKS["block_o"]), w.shape[1] // size * parts
-    return grid, {**ROUND_BLOCKS, "parts": parts, "span": span}
+    return grid, {**ROUND_BLOCKS, "parts": parts, "span": PART}
 
 
 @torch.library.custom_op("bisup::round_weight", mutates_args=())
 def round_weight(
     w: Tensor, a: Tensor | None, b: Tensor | None, s: Tensor | None, clip: Tensor,
-    bits: int, size: int, form: str, scale_dtype: torch.dtype | None, dtype: torch.dtype, coded: bool,
+    bits: int, size: int, form: str, scale_dtype: torch.dtype | None,
+    dtype: torch.dtype, code_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """⟨(W ⊙ (1 + AB)) · s⟩ [O, C] in a dtype, the largest magnitude of each group [O, G] and where it stands there.
 
-    Behind them, if `coded`, float8 codes [O, C] as bytes and scales [G, O]; else two empty tensors.
+    Place i is given as 2i, or as 2i + 1 where the largest is negative. Behind them, if a `code_dtype` is given, codes
+    [O, C] and scales [G, O]; else two empty tensors.
 
     Args:
         w: W [O, C].
@@ -228,26 +234,31 @@ def round_weight(
         form: `slrec`, `lrec` (W + AB) or `none`.
         scale_dtype: Dtype that the scales are stored in.
         dtype: Of the result.
-        coded: Whether codes and scales are wanted.
+        code_dtype: Of the codes, int8 or float8 (e4m3, given as bytes); None if they are not wanted.
     """
     tensors, constants = _weight_arguments(w, a, b, s, clip, bits, size, form, scale_dtype)
     out = torch.empty(w.shape, dtype=dtype, device=w.device)
     absmax = torch.empty(w.shape[0], w.shape[1] // size, dtype=torch.float32, device=w.device)
     largest = torch.empty_like(absmax, dtype=torch.int32)
-    codes, scale_GO = _room_for_codes(w, w.shape, size, coded)
-    grid, split = _split(w, size)
-    part_absmax = absmax.new_empty(grid[1] if size > MAX_BLOCK_I else 0, w.shape[0])
-    part_largest = torch.empty_like(part_absmax, dtype=torch.int32)
+    codes, scale_GO = _room_for_codes(w, w.shape, size, code_dtype)
+    outputs = out, absmax, largest, _as_float8(codes), scale_GO
+    coded = code_dtype is not None
     with torch.cuda.device_of(w):
-        if size > MAX_BLOCK_I:  # else the next kernel sees whole groups
+        if size <= MAX_BLOCK_I:
+            grid = triton.cdiv(w.shape[0], ROUND_BLOCKS["block_o"]), w.shape[1] // size
+            kernels.round_groups[grid](*tensors, *outputs, **constants, **ROUND_BLOCKS, coded=coded)
+        else:
+            grid, split = _split(w, size)
+            part_absmax = absmax.new_empty(grid[1], w.shape[0])
+            part_largest = torch.empty_like(part_absmax, dtype=torch.int32)
             shared = ("rows", "columns", "row_stride", "rank", "size", "form", "smoothed", "block_i", "block_r")
             kernels.largest_of_parts[grid](
                 *tensors[:4], part_absmax, part_largest, **{name: constants[name] for name in shared}, **split
             )
-        kernels.round_weight[grid](
-            *tensors, part_absmax, part_largest, out, absmax, largest, _as_float8(codes), scale_GO, **constants,
-            **split, coded=coded, block_p=triton.next_power_of_2(split["parts"]),
-        )  # fmt: skip
+            kernels.round_parts[grid](
+                *tensors, *outputs, part_absmax, part_largest, **constants, **split, coded=coded,
+                block_p=triton.next_power_of_2(split["parts"]),
+            )  # fmt: skip
     return out, absmax, largest, codes, scale_GO
 
 
@@ -267,7 +278,6 @@ def round_weight_gradient(
             kernels.scale_gradient[grid](*tensors, grad, absmax, part_grad, **constants, **split)
         grad_scale = part_grad.view(-1, split["parts"], rows).sum(1).T.contiguous()
     tiles = absmax.shape[1] * triton.cdiv(size, constants["block_i"])
-    registers = GRADIENT_REGISTERS if constants["block_r"] <= 32 else {}
 
     def add_up(blocks: dict[str, int]) -> list[Tensor]:
         steps = triton.cdiv(rows, ROW_PARTS * blocks["block_o"])
@@ -276,9 +286,8 @@ def round_weight_gradient(
         grad_s = absmax.new_empty(parts, columns if s is not None else 0)
         with torch.cuda.device_of(w):
             kernels.weight_gradient[parts, tiles](
-                *tensors, grad, absmax, largest, grad_scale, grad_a, grad_b, grad_s, **constants, **blocks, steps=steps,
-                **registers,
-            )  # fmt: skip
+                *tensors, grad, absmax, largest, grad_scale, grad_a, grad_b, grad_s, **constants, **blocks, steps=steps
+            )
         return [part_sums.sum(0) for part_sums in (grad_a, grad_b, grad_s)]
 
     sums = _on_what_fits((w.device, w.dtype, rank), GRADIENT_BLOCKS, add_up)
@@ -287,13 +296,13 @@ def round_weight_gradient(
 
 
 @round_weight.register_fake
-def _(w, a, b, s, clip, bits, size, form, scale_dtype, dtype, coded):
+def _(w, a, b, s, clip, bits, size, form, scale_dtype, dtype, code_dtype):
     shape = w.shape[0], w.shape[1] // size
     return (
         torch.empty(w.shape, dtype=dtype, device=w.device),
         w.new_empty(shape, dtype=torch.float32),
         w.new_empty(shape, dtype=torch.int32),
-        *_room_for_codes(w, w.shape, size, coded),
+        *_room_for_codes(w, w.shape, size, code_dtype),
     )
 
 
