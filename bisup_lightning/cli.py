@@ -34,7 +34,7 @@ from bisup_lightning.calibrate.merge import merge
 from bisup_lightning.calibrate.parallel import Ranks, environment, join
 from bisup_lightning.calibrate.run_reader import CONFIG
 from bisup_lightning.calibrate.signals import Interrupted, Signals, requeue
-from bisup_lightning.calibrate.strategy import OneOfManyBlocks
+from bisup_lightning.calibrate.strategy import BlockFitLoop, OneOfManyBlocks
 from bisup_lightning.configuration import check_file, flatten, one_line, root_message, trust
 from bisup_lightning.data.prompt import Prompt
 from bisup_lightning.data.share import PeerLost
@@ -82,7 +82,7 @@ def trainer_factory(
         logger = settings.logger if logs is not None else False
         if logs is not None and logger in (None, True):
             logger = [kind(logs, name="", version=f"{index:05d}") for kind in (CSVLogger, TensorBoardLogger)]
-        return Trainer(
+        trainer = Trainer(
             **own,
             devices=1 if device.index is None else [device.index],
             strategy=OneOfManyBlocks(device),
@@ -95,6 +95,8 @@ def trainer_factory(
             enable_progress_bar=False,
             enable_model_summary=False,
         )
+        trainer.fit_loop = BlockFitLoop(trainer)
+        return trainer
 
     return make
 

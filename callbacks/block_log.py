@@ -36,11 +36,10 @@ class BlockLog(WalkCallback):
             figures["device_memory_gib"] = torch.cuda.max_memory_allocated(walk.model.device) / 2**30
         logs = walk.store.run_dir / "logs"
         _append(logs / "blocks.csv", figures)
-        self.writer = self.writer or SummaryWriter(logs / "blocks")
+        self.writer = self.writer or SummaryWriter(logs / "blocks", flush_secs=10)  # by a thread of its own
         for name, value in figures.items():
             if name != "index":
                 self.writer.add_scalar(f"block/{name}", float(value), result.index)
-        self.writer.flush()
 
     def on_walk_end(self, walk: BlockWalk) -> None:
         """Close TensorBoard's file."""

@@ -1,15 +1,19 @@
 """What only a GPU can show; skipped without one. The last result on one is kept in benchmarks/RESULTS.md."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
+from jsonargparse import Namespace
+from lightning.pytorch import LightningModule
+from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
 from bisup_lightning.calibrate.block_calibration import block_loss
 from bisup_lightning.calibrate.measure import read_results
 from bisup_lightning.calibrate.recorded_step import RecordedStep
-from bisup_lightning.cli import main
+from bisup_lightning.cli import main, trainer_factory
 from bisup_lightning.evaluate.perplexity import final_hidden
 from bisup_lightning.hub.load import open_quantized
 from bisup_lightning.model.block import Theta, add_theta, learn_by_codes, quantize_layer, theta_parameters
@@ -231,3 +235,33 @@ def test_two_gpus_end_near_the_losses_of_one(make_checkpoint, fit, tmp_path, mod
     assert all(block["loss_final"] <= block["loss_initial"] for block in two)
     for block_of_two, block in zip(two if mode == "data" else two[:1], one, strict=mode == "data"):
         assert block_of_two["loss_final"] == pytest.approx(block["loss_final"], rel=0.02)
+
+
+class Begun(LightningModule):
+    """Sees whether the GPU is still busy when a training begins."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(2, 2, device=CUDA)
+
+    def training_step(self, batch):
+        return self.layer(batch).sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters())
+
+    def on_train_start(self):
+        self.was_busy = not torch.cuda.current_stream(CUDA).query()
+
+
+def test_a_training_begins_while_the_gpu_is_busy():
+    """Or the GPU would wait in turn, for the first step."""
+    settings = Namespace(logger=False, callbacks=None, devices=1, accelerator="gpu")
+    make_trainer = trainer_factory(settings, [], Path(), CUDA)
+    batches = DataLoader([torch.ones(2, 2, device=CUDA)] * 2, batch_size=None)
+    make_trainer(0, 1).fit(Begun(), batches)  # imports what it needs
+    trainer, module = make_trainer(1, 1), Begun()
+    torch.cuda.synchronize(CUDA)
+    torch.cuda._sleep(2_000_000_000)  # cycles, about a second
+    trainer.fit(module, batches)
+    assert module.was_busy

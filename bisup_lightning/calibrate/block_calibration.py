@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from torch.optim import Optimizer
 from bisup_lightning.calibrate.epoch_log import EpochLog
 from bisup_lightning.calibrate.recorded_step import Gradients, RecordedStep, leaves_room, records, with_gradients
 from bisup_lightning.data.share import WHOLE, Share
-from bisup_lightning.model.block import is_clip, learn_by_codes, theta_parameters
+from bisup_lightning.model.block import is_clip, is_fused, learn_by_codes, theta_parameters
 from bisup_lightning.model.blockwise import Positions, run_layer, run_layer_in_halves
 from bisup_lightning.model.kv import BlockKV
 from bisup_lightning.model.linear import QuantLinear
@@ -81,6 +82,7 @@ class BlockCalibration(LightningModule):
         share: The processes that train this block together, each on its part of every batch.
         frugal: Whether to save memory at the cost of a second forward pass.
         recorded: The step that was recorded for another block, which may fit this one.
+        when_fused: Called with the layer when training ends, if a callback has fused it.
     """
 
     def __init__(
@@ -95,9 +97,10 @@ class BlockCalibration(LightningModule):
         share: Share = WHOLE,
         frugal: bool = False,
         recorded: RecordedStep | None = None,
+        when_fused: Callable[[nn.Module], None] | None = None,
     ) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer, self.when_fused = layer, when_fused
         self.positions, self.kv = positions, kv
         self.optimization, self.steps = optimization, steps
         self.attempt, self.micro_batch = attempt, micro_batch
@@ -190,7 +193,7 @@ class BlockCalibration(LightningModule):
         if self.recorded is not None:
             self.recorded.leave()
         released = self.layer, self.theta, self.recorded
-        self.layer, self.theta, self.clips, self.recorded = nn.Identity(), {}, [], None
+        self.layer, self.theta, self.clips, self.recorded, self.when_fused = nn.Identity(), {}, [], None, None
         return released
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
@@ -236,9 +239,11 @@ class BlockCalibration(LightningModule):
             self.trainer.should_stop = True
 
     def on_train_end(self) -> None:
-        """Tell the loggers everything."""
-        self.epoch_log.tell(self.loggers)
+        """Go on with the fused block, and tell the loggers everything meanwhile."""
         self.make_room()
+        if self.when_fused is not None and is_fused(self.layer):
+            self.when_fused(self.layer)
+        self.epoch_log.tell(self.loggers)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the epoch's losses, and the random generators: nothing here draws, but a user's callback may."""

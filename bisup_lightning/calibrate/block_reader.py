@@ -3,14 +3,16 @@
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bisup_lightning.data.streams import side_stream
 from bisup_lightning.model.blockwise import BlockwiseModel
 
+BlockAndTensors = tuple[nn.Module, dict[str, Tensor]]
+
 
 class BlockReader:
-    """Gives the tensors of one block after another; on a GPU each can be read, moved there and transformed beforehand.
+    """Gives one block after another; on a GPU each can be read, moved there, transformed and built beforehand.
 
     Args:
         model: The full-precision model; its dtype may be set until the first block is read.
@@ -21,18 +23,22 @@ class BlockReader:
 
     def __init__(self, model: BlockwiseModel) -> None:
         self.model, self.end = model, model.num_layers
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="block-reader")
-        self._ahead: dict[int, Future[dict[str, Tensor]]] = {}
+        # One thread copies to pinned memory: many, of several processes, keep those that launch kernels from a core.
+        self._executor = ThreadPoolExecutor(
+            1, thread_name_prefix="block-reader", initializer=torch.set_num_threads, initargs=(1,)
+        )
+        self._ahead: dict[int, Future[BlockAndTensors]] = {}
         self._stream = side_stream("reading", model.device) if model.device.type == "cuda" else None
 
-    def read(self, index: int) -> dict[str, Tensor]:
-        """The tensors of block `index` on the device.
+    def read(self, index: int) -> BlockAndTensors:
+        """Block `index`, ready to run once, and its tensors on the device.
 
         Raises:
             UserError: If the checkpoint is damaged.
         """
         if self._stream is None:
-            return self.model.layer_tensors(index)
+            tensors = self.model.layer_tensors(index)
+            return self.model.layer(index, tensors), tensors
         self.read_ahead(index)
         return self._ahead.pop(index).result()
 
@@ -41,13 +47,13 @@ class BlockReader:
         if self._stream is not None and index < self.end and index not in self._ahead:
             self._ahead[index] = self._executor.submit(self._read, index, self._stream)
 
-    def _read(self, index: int, stream: torch.cuda.Stream) -> dict[str, Tensor]:
+    def _read(self, index: int, stream: torch.cuda.Stream) -> BlockAndTensors:
         with torch.cuda.stream(stream):  # beside the kernels of the block at hand
             tensors = self.model.layer_tensors(index)
         stream.synchronize()
         for tensor in tensors.values():  # from here on, the walk's own stream uses this memory
             tensor.record_stream(torch.cuda.default_stream(self.model.device))
-        return tensors
+        return self.model.layer(index, tensors), tensors
 
     def close(self) -> None:
         """Wait for what is still being read."""

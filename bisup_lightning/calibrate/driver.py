@@ -1,5 +1,6 @@
 """The walk over the blocks: Algorithm A1 of the paper, one block in memory at a time."""
 
+import gc
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -142,6 +143,7 @@ class BlockWalk:
         self.relay = Relay()
         self.partials: Mapping[int, Partial] = {}
         self.reader, self.writer = BlockReader(model), BlockWriter(store)
+        self.trainers: dict[int, Trainer] = {}  # of blocks to come
         self.kv_quantizer = KVQuantizer.of(scheme).prepare(model.family.head_dim, model.device)
         self.inputs: LayerInputs
         self.prompt_1PD: Tensor
@@ -207,9 +209,9 @@ class BlockWalk:
     def _replay(self, index: int) -> None:
         """Advance both streams behind a finished block."""
         positions = self._positions(index)
-        tensors = self.reader.read(index)
+        fp_layer, _ = self.reader.read(index)
         self.reader.read_ahead(index + 1)
-        _, prompt = self._advance_fp(index, self.model.layer(index, tensors), positions)
+        _, prompt = self._advance_fp(index, fp_layer, positions)
         prefix, stored = layer_prefix(index), self.store.read_block(index)
         packed = {
             name.removeprefix(prefix): tensor.to(self.model.device)
@@ -223,6 +225,8 @@ class BlockWalk:
 
     def run(self) -> None:
         """Walk from where it stands to the last block."""
+        gc.collect()
+        gc.freeze()  # or collections in between would take half a second, and all processes that share a batch with it
         try:
             blocks = self.relay.blocks(self.next_block, self.model.num_layers)
             self.reader.end = blocks.stop
@@ -243,19 +247,20 @@ class BlockWalk:
                 self.solver.let_go()
             finally:
                 self.writer.close()
+                gc.unfreeze()
 
     def _pass(self, index: int) -> None:
         """Let full-precision inputs through a block that was finished before."""
         self.prompt_1PD = self.relay.receive_fp(index, self.inputs, self.prompt_1PD)
-        layer = self.model.layer(index, self.reader.read(index))
+        fp_layer, _ = self.reader.read(index)
         self.reader.read_ahead(index + self.relay.stages)
-        self._advance_fp(index, layer, self._positions(index))
+        self._advance_fp(index, fp_layer, self._positions(index))
         self.relay.send_fp(self.inputs, self.prompt_1PD)
 
     def calibrate(self, index: int) -> BlockResult:
         """Solve one block and advance both streams behind it."""
         clock = Stopwatch(self.model.device)
-        tensors, positions = self.reader.read(index), self._positions(index)
+        (fp_layer, tensors), positions = self.reader.read(index), self._positions(index)
         clock.lap("read")
         if self.relay.is_first_to_come(index):  # or stage after stage would compile
             self._warm_up(index, tensors, positions)
@@ -266,7 +271,7 @@ class BlockWalk:
             self.inputs.advance_q(self.inputs.home.copy(self.inputs.fp))
         elif self.solver.fp_epochs:
             self.inputs.early = self.inputs.home.copy(self.inputs.fp)
-        statistics, prompt = self._advance_fp(index, self.model.layer(index, tensors), positions)
+        statistics, prompt = self._advance_fp(index, fp_layer, positions)
         self.relay.send_fp(self.inputs, self.prompt_1PD)
         scale = self.inputs.mean_square_target()
         clock.lap("full precision")
@@ -278,12 +283,23 @@ class BlockWalk:
         self.reader.read_ahead(index + self.relay.stages)
         if not self.solver.learns:
             _check_finite(scale, index)
-        layer = hold_dense(self.solver.solve(block) or start, self.model.dtype)
+        passed: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+
+        def pass_through(layer: nn.Module) -> None:
+            passed.clear()
+            clock.lap("solve")
+            self.relay.receive_final(self.inputs)
+            passed[layer] = self.inputs.outputs_q(block.run(hold_dense(layer, self.model.dtype)))
+
+        block.when_fused = pass_through
+        layer = self.solver.solve(block) or start
+        block.when_fused = None  # or the two would keep each other, and all that they hold
         _check_finite(scale, index)
         self.inputs.early = None
-        clock.lap("solve")
-        self.relay.receive_final(self.inputs)
-        outputs, loss = self.inputs.outputs_q(block.run(layer))
+        if layer not in passed:
+            pass_through(layer)
+        self._prepare(index + self.relay.stages)
+        outputs, loss = passed.pop(layer)
         in_no_doubt = self.relay.arriving and self._clearly_better(outputs, loss, block.run(start))
         if self.relay.arriving and not in_no_doubt:  # judged on the inputs that the trained block is judged on
             self.loss_initial = self.inputs.loss_q(block.run(start))
@@ -333,12 +349,22 @@ class BlockWalk:
             kv=BlockKV(self.kv_quantizer, prompt),
             statistics=statistics,
             orders=self.transform.orders(statistics),
-            seed=1_000_003 * self.seed + 1009 * index,
-            make_trainer=lambda epochs: self.make_trainer(index, epochs),
+            seed=self._block_seed(index),
+            make_trainer=lambda epochs: self.trainers.pop(index, None) or self.make_trainer(index, epochs),
             relay=self.relay,
             partial=self.partials.get(index),
             frugal=self.memory == "low",
         )
+
+    def _block_seed(self, index: int) -> int:
+        return 1_000_003 * self.seed + 1009 * index
+
+    def _prepare(self, index: int) -> None:
+        """Do what a block to come needs of the host alone, while the device computes: or it would wait for that."""
+        self.trainers.clear()
+        if self.solver.learns and index < self.reader.end:
+            self.trainers[index] = self.make_trainer(index, self.solver.epochs)
+            self.solver.prepare(self.model, index, self._block_seed(index))
 
     def _warm_up(self, index: int, tensors: Mapping[str, Tensor], positions: Positions) -> None:
         """Run a block, as it is and rounded, on one batch of whatever inputs there are, so that both are compiled."""

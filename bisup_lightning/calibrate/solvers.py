@@ -18,7 +18,15 @@ from bisup_lightning.calibrate.wavefront import Relay
 from bisup_lightning.data.datamodule import BlockBatches, BlockDataModule
 from bisup_lightning.data.layer_inputs import LayerInputs, Run
 from bisup_lightning.errors import UserError
-from bisup_lightning.model.block import Theta, add_theta, fuse_layer, is_fused, quantize_layer, theta_parameters
+from bisup_lightning.model.block import (
+    Theta,
+    add_theta,
+    draw_low_rank,
+    fuse_layer,
+    is_fused,
+    quantize_layer,
+    theta_parameters,
+)
 from bisup_lightning.model.blockwise import BlockwiseModel, Positions, run_layer, run_layer_fast
 from bisup_lightning.model.family import LINEAR_INPUTS
 from bisup_lightning.model.kv import BlockKV
@@ -52,6 +60,10 @@ class Block:
         relay: Where its inputs come from.
         partial: Where an interrupted training of this block stopped, if it was saved.
         frugal: Whether training saves memory at the cost of a second forward pass.
+
+    Attributes:
+        when_fused: Takes the text through a fused block. A solver may call it as soon as there is one, so that the
+            device has something to compute while the host reads figures of the training.
     """
 
     index: int
@@ -73,6 +85,7 @@ class Block:
     quantized: nn.Module | None = None  # what `start` gives copies of
     learned: Mapping[str, Tensor] | None = None  # Θ of the solution, from a solver that keeps it
     learned_before: Mapping[str, Tensor] | None = None  # Θ of the start, likewise
+    when_fused: Callable[[nn.Module], None] | None = None
 
     def start(self) -> nn.Module:
         """The block with rounding and grid-searched clips, where every solver starts; frozen weights are shared."""
@@ -114,6 +127,9 @@ class Solver(ABC):
     @abstractmethod
     def solve(self, block: Block) -> nn.Module | None:
         """The fused block, or None where nothing better than the start was found."""
+
+    def prepare(self, model: BlockwiseModel, index: int, seed: int) -> None:  # noqa: B027  some need nothing
+        """Do what a block to come needs of the host alone, while the device is busy with another."""
 
     def let_go(self) -> bool:
         """Free what is kept from one block to the next for speed alone; whether there was anything."""
@@ -164,6 +180,8 @@ class BiSup(Solver):
         self.theta, self.optimization, self.epochs, self.fp_epochs = theta, optimization, epochs, fp_epochs or 0
         self.keep_theta, self.theta_from = keep_theta, theta_from
         self._recorded: RecordedStep | None = None  # of the last block
+        self._training: BlockCalibration | None = None
+        self._drawn: tuple[int, list[tuple[Tensor, Tensor]]] | None = None  # by which seed, and what
 
     def start(self, block: Block) -> nn.Module:
         """What was learned before, if anything was."""
@@ -194,15 +212,16 @@ class BiSup(Solver):
             steps = self.epochs * len(batches)
             module = BlockCalibration(
                 layer, block.positions, block.kv, self.optimization, steps, attempt, micro_batch,
-                share=block.inputs.share, frugal=block.frugal, recorded=self._recorded,
+                share=block.inputs.share, frugal=block.frugal, recorded=self._recorded, when_fused=block.when_fused,
             )  # fmt: skip
-            self._recorded = None
+            self._recorded, self._training = None, module
             trainer, out_of_memory = block.make_trainer(self.epochs), None
             try:
                 trainer.fit(module, BlockDataModule(batches), ckpt_path=saved, weights_only=True)
             except torch.OutOfMemoryError as error:
                 out_of_memory = error.with_traceback(None)  # which would keep the failed step's tensors alive
                 module.recorded = None
+            self._training = None
             layer, theta, recorded = module.release()
             trainer.strategy.optimizers, trainer.strategy.lr_scheduler_configs = [], []  # or it would keep them as long
             if out_of_memory is None:
@@ -219,16 +238,28 @@ class BiSup(Solver):
                 saved = None
 
     def let_go(self) -> bool:
-        """Free the recorded step."""
+        """Free the recorded step, also that of a training which has just ended."""
         held, self._recorded = self._recorded is not None, None
+        if self._training is not None:
+            held, self._training.recorded = self._training.recorded is not None, None
         if held:
             torch.cuda.empty_cache()
         return held
 
+    def prepare(self, model: BlockwiseModel, index: int, seed: int) -> None:
+        """Draw A and B."""
+        shapes = model.family.layer_shapes(index)
+        weights = (shapes[f"{name}.weight"] for entry in LINEAR_INPUTS for name in entry.linears)
+        generator = torch.Generator().manual_seed(seed)
+        self._drawn = seed, draw_low_rank(weights, self.theta, generator, model.device.type == "cuda")
+
     def _learnable(self, block: Block) -> nn.Module:
         """The block with its Θ where learning begins."""
-        layer = block.start()
-        add_theta(layer, self.theta, torch.Generator().manual_seed(block.seed), block.statistics.absmax)
+        layer, drawn = block.start(), None
+        if self._drawn is not None and self._drawn[0] == block.seed:
+            drawn, self._drawn = self._drawn[1], None  # on a CPU they are what learns
+        generator = torch.Generator().manual_seed(block.seed)
+        add_theta(layer, self.theta, generator, block.statistics.absmax, drawn)
         if self.theta_from is not None:
             learned = RunReader(self.theta_from).read_theta(block.index) or {}
             theta = theta_parameters(layer)

@@ -2,6 +2,7 @@
 
 import itertools
 import time
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -36,9 +37,9 @@ class Stopwatch:
 
     @property
     def laps(self) -> dict[str, float]:
-        """Seconds of each part; waits for the last."""
+        """Seconds of each part, of all that have the same name; waits for the last."""
         self.wait()
-        return {
-            name: last.elapsed_time(now) / 1000 if self._on_gpu else now - last
-            for (_, last), (name, now) in itertools.pairwise(self._marks)
-        }
+        laps: dict[str, float] = defaultdict(float)
+        for (_, last), (name, now) in itertools.pairwise(self._marks):
+            laps[name] += last.elapsed_time(now) / 1000 if self._on_gpu else now - last
+        return dict(laps)

@@ -1,6 +1,6 @@
 """A decoder layer whose linears quantize: built from an FP layer, given Θ, fused, or rebuilt from an artifact."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -159,8 +159,29 @@ def _replace(
             layer.set_submodule(name, make_linear(linear, quantizer, own))
 
 
+def draw_low_rank(
+    shapes: Iterable[Sequence[int]], theta: Theta, generator: torch.Generator, pinned: bool
+) -> list[tuple[Tensor, Tensor]]:
+    """A [O, r] and B [r, I] of a layer's linears at their start, on the host.
+
+    Args:
+        shapes: Of the weights [O, I], in the order of LINEAR_INPUTS.
+        theta: What to learn; the list is empty if no such matrices are.
+        generator: Draws A.
+        pinned: Whether they go to a GPU, which copies from pinned memory while it computes.
+    """
+    if theta.low_rank == "none":
+        return []
+    drawn = [low_rank.start(rows, features, theta.rank, generator) for rows, features in shapes]
+    return [(a_OR.pin_memory(), b_RI.pin_memory()) for a_OR, b_RI in drawn] if pinned else drawn
+
+
 def add_theta(
-    layer: nn.Module, theta: Theta, generator: torch.Generator, absmax: Mapping[str, Tensor] | None = None
+    layer: nn.Module,
+    theta: Theta,
+    generator: torch.Generator,
+    absmax: Mapping[str, Tensor] | None = None,
+    drawn: Sequence[tuple[Tensor, Tensor]] | None = None,
 ) -> None:
     """Give a quantized layer its learnable tensors, in place; at a start of ones its output stays what it was.
 
@@ -169,6 +190,7 @@ def add_theta(
         theta: What to learn.
         generator: Draws A.
         absmax: Largest magnitude of each channel of each linear input [I], by its name; `smoothquant` needs it.
+        drawn: What `draw_low_rank` gives, if that is known already.
 
     Raises:
         KeyError: If `smoothquant` lacks the figures of an input.
@@ -177,6 +199,10 @@ def add_theta(
     rotated = any(isinstance(module, InputQuantizer) and module.rotated for module in layer.modules())
     for name, parameter in layer.named_parameters():
         parameter.requires_grad_(theta.clip and is_clip(name))
+    weights = [_part(layer, name, QuantLinear).weight for entry in LINEAR_INPUTS for name in entry.linears]
+    if drawn is None:
+        drawn = draw_low_rank((weight.shape for weight in weights), theta, generator, weights[0].is_cuda)
+    matrices = iter(drawn)
     for entry in LINEAR_INPUTS:
         linears = [_part(layer, name, QuantLinear) for name in entry.linears]
         if entry.norm is not None and theta.smoothing != "none":
@@ -193,10 +219,7 @@ def add_theta(
                     linear.add_smoothing(nn.Parameter((s_I if order is None else s_I[order]).clone()))
         if theta.low_rank != "none":
             for linear in linears:
-                rows, features = linear.weight.shape
-                a_OR, b_RI = low_rank.start(rows, features, theta.rank, generator)
-                if linear.weight.is_cuda:  # from pinned memory, or the host would wait for what the device computes
-                    a_OR, b_RI = (x.pin_memory().to(linear.weight.device, non_blocking=True) for x in (a_OR, b_RI))
+                a_OR, b_RI = (matrix.to(linear.weight.device, non_blocking=True) for matrix in next(matrices))
                 linear.add_low_rank(theta.low_rank, a_OR, b_RI)
 
 
