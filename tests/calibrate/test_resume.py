@@ -56,13 +56,12 @@ def run(tmp_path):
 
 @pytest.fixture
 def undisturbed(request, fit_arguments, checkpoint, tmp_path_factory):
-    """What a run gives that nothing disturbs; made once."""
-    cached = getattr(request.module, "_undisturbed", None)
-    if cached is None:
-        folder = tmp_path_factory.mktemp("undisturbed") / "run"
-        assert main(fit_arguments(checkpoint, folder, *SETTINGS)) == 0
-        cached = request.module._undisturbed = folder
-    return cached
+    """What a run gives that nothing disturbs; made once for each checkpoint, which is made anew in another turn."""
+    made = request.module.__dict__.setdefault("_undisturbed", {})
+    if checkpoint not in made:
+        made[checkpoint] = tmp_path_factory.mktemp("undisturbed") / "run"
+        assert main(fit_arguments(checkpoint, made[checkpoint], *SETTINGS)) == 0
+    return made[checkpoint]
 
 
 def interrupt(monkeypatch, command, place):
