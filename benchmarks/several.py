@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -83,22 +84,23 @@ class Walk:
                 command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
             )
 
-    def finish(self) -> None:
-        """Wait for the last block, and end the run.
+    def is_finished(self) -> bool:
+        """Whether the last block is saved; then the run is ended.
 
         Raises:
             SystemExit: If it ended before, with the end of what it said.
         """
-        last = metrics_of(self.run_dir, self.blocks - 1)
-        while not last.is_file() and self.process.poll() is None:
-            time.sleep(0.2)
-        if not last.is_file():
+        ended = self.process.poll() is not None
+        finished = metrics_of(self.run_dir, self.blocks - 1).is_file()
+        if ended and not finished:
             sys.exit(f"{self.run_dir.name} ended early:\n{self.log.read_text(encoding='utf-8')[-2000:]}")
-        self.stop()
+        if finished:
+            self.stop()
+        return finished
 
     def stop(self) -> None:
         """End all its processes, whatever they do."""
-        if self.process.poll() is None:
+        with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
@@ -106,8 +108,8 @@ class Walk:
 def run(walks: Sequence[Walk]) -> None:
     """Let walks finish side by side; if one fails, end them all."""
     try:
-        for walk in walks:
-            walk.finish()
+        while not all([walk.is_finished() for walk in walks]):  # all are asked each time
+            time.sleep(0.2)
     finally:
         for walk in walks:
             walk.stop()
@@ -133,8 +135,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--blocks_alone", type=int, default=9, help="of each run on one GPU")
     parser.add_argument("--config", action="append", default=[], help="composed behind configs/base.yaml")
     given, more = parser.parse_known_args(arguments)
-    if given.blocks_alone <= COMPILING + 1 or given.blocks <= COMPILING + given.gpus:
-        parser.error(f"the first {COMPILING} blocks do not count: --blocks and --blocks_alone must be larger")
+    if not COMPILING + 1 < given.blocks_alone <= given.blocks or given.blocks <= COMPILING + given.gpus:
+        parser.error(
+            f"the first {COMPILING} blocks do not count: --blocks_alone must lie above {COMPILING + 1} and not above "
+            f"--blocks, which must lie above {COMPILING + given.gpus}"
+        )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print(torch.__version__, torch.cuda.get_device_name() if device == "cuda" else "CPU", " ".join(more))
     with tempfile.TemporaryDirectory() as name:

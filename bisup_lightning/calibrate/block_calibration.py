@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -241,8 +242,10 @@ class BlockCalibration(LightningModule):
     def on_train_end(self) -> None:
         """Go on with the fused block, and tell the loggers everything meanwhile."""
         self.make_room()
-        if self.when_fused is not None and is_fused(self.layer):
-            self.when_fused(self.layer)
+        diverged = not math.isfinite(self.epoch_log.known_loss or 0.0)
+        if self.when_fused is not None and is_fused(self.layer) and not diverged:
+            with suppress(torch.OutOfMemoryError):  # then it has its turn when what training holds is free
+                self.when_fused(self.layer)
         self.epoch_log.tell(self.loggers)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

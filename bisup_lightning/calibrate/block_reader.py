@@ -23,12 +23,18 @@ class BlockReader:
 
     def __init__(self, model: BlockwiseModel) -> None:
         self.model, self.end = model, model.num_layers
-        # One thread copies to pinned memory: many, of several processes, keep those that launch kernels from a core.
-        self._executor = ThreadPoolExecutor(
-            1, thread_name_prefix="block-reader", initializer=torch.set_num_threads, initargs=(1,)
-        )
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="block-reader")
         self._ahead: dict[int, Future[BlockAndTensors]] = {}
         self._stream = side_stream("reading", model.device) if model.device.type == "cuda" else None
+        if self._stream is not None:
+            self._take_one_core()
+
+    def _take_one_core(self) -> None:
+        """Copy to pinned memory alone: many threads of several processes keep those that launch kernels from a core."""
+        threads = torch.get_num_threads()
+        self._executor.submit(torch.get_num_threads).result()  # or it would yet take the setting of all
+        self._executor.submit(torch.set_num_threads, 1).result()
+        torch.set_num_threads(threads)  # or threads that begin later would have one, too
 
     def read(self, index: int) -> BlockAndTensors:
         """Block `index`, ready to run once, and its tensors on the device.

@@ -143,7 +143,7 @@ class BlockWalk:
         self.relay = Relay()
         self.partials: Mapping[int, Partial] = {}
         self.reader, self.writer = BlockReader(model), BlockWriter(store)
-        self.trainers: dict[int, Trainer] = {}  # of blocks to come
+        self.prepared: tuple[int, Trainer] | None = None  # for which block
         self.kv_quantizer = KVQuantizer.of(scheme).prepare(model.family.head_dim, model.device)
         self.inputs: LayerInputs
         self.prompt_1PD: Tensor
@@ -226,7 +226,7 @@ class BlockWalk:
     def run(self) -> None:
         """Walk from where it stands to the last block."""
         gc.collect()
-        gc.freeze()  # or collections in between would take half a second, and all processes that share a batch with it
+        gc.freeze()  # or a collection in between would take some tenths of a second, of all that share a batch
         try:
             blocks = self.relay.blocks(self.next_block, self.model.num_layers)
             self.reader.end = blocks.stop
@@ -240,6 +240,7 @@ class BlockWalk:
                 self._tell("on_block_end", result)
             self.relay.close()
         finally:
+            gc.unfreeze()
             self.relay.stop()
             self.reader.close()
             try:
@@ -247,7 +248,6 @@ class BlockWalk:
                 self.solver.let_go()
             finally:
                 self.writer.close()
-                gc.unfreeze()
 
     def _pass(self, index: int) -> None:
         """Let full-precision inputs through a block that was finished before."""
@@ -290,6 +290,7 @@ class BlockWalk:
             clock.lap("solve")
             self.relay.receive_final(self.inputs)
             passed[layer] = self.inputs.outputs_q(block.run(hold_dense(layer, self.model.dtype)))
+            self._prepare(index + self.relay.stages)
 
         block.when_fused = pass_through
         layer = self.solver.solve(block) or start
@@ -298,14 +299,13 @@ class BlockWalk:
         self.inputs.early = None
         if layer not in passed:
             pass_through(layer)
-        self._prepare(index + self.relay.stages)
         outputs, loss = passed.pop(layer)
         in_no_doubt = self.relay.arriving and self._clearly_better(outputs, loss, block.run(start))
         if self.relay.arriving and not in_no_doubt:  # judged on the inputs that the trained block is judged on
             self.loss_initial = self.inputs.loss_q(block.run(start))
         if not (in_no_doubt or layer is start or loss < self.loss_initial):  # NaN is not less, either
             layer = start
-            del outputs  # or there would be a fourth copy
+            del outputs  # or there would be one copy more
             outputs, loss = self.inputs.outputs_q(block.run(layer))
         self.relay.send_final(outputs)
         if in_no_doubt:
@@ -350,7 +350,7 @@ class BlockWalk:
             statistics=statistics,
             orders=self.transform.orders(statistics),
             seed=self._block_seed(index),
-            make_trainer=lambda epochs: self.trainers.pop(index, None) or self.make_trainer(index, epochs),
+            make_trainer=lambda epochs: self._trainer(index, epochs),
             relay=self.relay,
             partial=self.partials.get(index),
             frugal=self.memory == "low",
@@ -361,10 +361,14 @@ class BlockWalk:
 
     def _prepare(self, index: int) -> None:
         """Do what a block to come needs of the host alone, while the device computes: or it would wait for that."""
-        self.trainers.clear()
         if self.solver.learns and index < self.reader.end:
-            self.trainers[index] = self.make_trainer(index, self.solver.epochs)
+            self.prepared = index, self.make_trainer(index, self.solver.epochs)
             self.solver.prepare(self.model, index, self._block_seed(index))
+
+    def _trainer(self, index: int, epochs: int) -> Trainer:
+        """The one that was prepared, once; or a fresh one."""
+        prepared, self.prepared = self.prepared, None
+        return prepared[1] if prepared is not None and prepared[0] == index else self.make_trainer(index, epochs)
 
     def _warm_up(self, index: int, tensors: Mapping[str, Tensor], positions: Positions) -> None:
         """Run a block, as it is and rounded, on one batch of whatever inputs there are, so that both are compiled."""

@@ -180,7 +180,7 @@ class BiSup(Solver):
         self.theta, self.optimization, self.epochs, self.fp_epochs = theta, optimization, epochs, fp_epochs or 0
         self.keep_theta, self.theta_from = keep_theta, theta_from
         self._recorded: RecordedStep | None = None  # of the last block
-        self._training: BlockCalibration | None = None
+        self._training: BlockCalibration | None = None  # the one under way
         self._drawn: tuple[int, list[tuple[Tensor, Tensor]]] | None = None  # by which seed, and what
 
     def start(self, block: Block) -> nn.Module:
@@ -241,13 +241,15 @@ class BiSup(Solver):
         """Free the recorded step, also that of a training which has just ended."""
         held, self._recorded = self._recorded is not None, None
         if self._training is not None:
-            held, self._training.recorded = self._training.recorded is not None, None
+            held, self._training.recorded = held or self._training.recorded is not None, None
         if held:
             torch.cuda.empty_cache()
         return held
 
     def prepare(self, model: BlockwiseModel, index: int, seed: int) -> None:
-        """Draw A and B."""
+        """Draw A and B, where no other run's take their place."""
+        if self.theta_from is not None:
+            return
         shapes = model.family.layer_shapes(index)
         weights = (shapes[f"{name}.weight"] for entry in LINEAR_INPUTS for name in entry.linears)
         generator = torch.Generator().manual_seed(seed)

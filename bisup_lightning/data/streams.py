@@ -74,7 +74,8 @@ def choose_place(wanted: Streams, size: int, device: torch.device) -> Place:
 
     Args:
         wanted: The setting.
-        size: Bytes of one stream; a step has three: x_fp, x_q and what becomes of x_q.
+        size: Bytes of one stream; a step has three: x_fp, x_q and what becomes of x_q; and one more where blocks begin
+            on x_fp.
         device: Where blocks compute.
     """
     if wanted == "device" and device.type == "cpu":

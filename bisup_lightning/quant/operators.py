@@ -179,7 +179,7 @@ ROUND_BLOCKS = {"block_o": 64, "num_warps": 4}
 PART = 512  # columns of a part of a long group
 SEARCH_TILE = 4096  # elements of a weight for which clip values are tried at a time
 MAX_SEARCH_BLOCK_I = 512
-GRADIENT_BLOCKS = (  # the first whose shared memory the GPU has; a row's sum stays within a warp
+GRADIENT_BLOCKS = (  # the first whose shared memory the GPU has; in tiles of 64 rows a row's sum stays within a warp
     {"block_o": 64, "num_warps": 4, "num_stages": 2},
     {"block_o": 64, "num_warps": 4, "num_stages": 1},
     {"block_o": 16, "num_warps": 4, "num_stages": 1},
