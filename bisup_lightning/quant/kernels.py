@@ -219,55 +219,33 @@ def largest_of_parts(
 
 
 @triton.jit
-def round_groups(
-    w_ptr, a_ptr, b_ptr, s_ptr, clip_ptr, out_ptr, absmax_ptr, largest_ptr, codes_ptr, scale_ptr,
+def round_weight(
+    w_ptr, a_ptr, b_ptr, s_ptr, clip_ptr, part_absmax_ptr, part_largest_ptr,
+    out_ptr, absmax_ptr, largest_ptr, codes_ptr, scale_ptr,
     rows, columns, row_stride, groups, clip_stride_o, clip_stride_g,
-    rank: tl.constexpr, size: tl.constexpr, form: tl.constexpr, smoothed: tl.constexpr, stored: tl.constexpr,
-    qmin: tl.constexpr, qmax: tl.constexpr, smallest: tl.constexpr, most: tl.constexpr, coded: tl.constexpr,
-    block_o: tl.constexpr, block_i: tl.constexpr, block_r: tl.constexpr,
-):  # fmt: skip
-    """⟨W⟩ for some rows of a group, all of which a tile holds."""
-    o = tl.program_id(0) * block_o + tl.arange(0, block_o)
-    group = tl.program_id(1)
-    w_row = w_ptr + o.to(tl.int64)[:, None] * row_stride
-    a = _low_rank_rows(w_ptr, a_ptr, o, rows, rank, form, block_r)
-    i, within, mask, x = _part_of_group(
-        w_row, a, b_ptr, s_ptr, o, group, 0, rows, columns, rank, size, form, smoothed, block_i, block_r
-    )
-    absmax, largest = _largest(x, within)
-    clip = tl.load(clip_ptr + o * clip_stride_o + group * clip_stride_g, o < rows, 1.0)
-    scale = _scale(absmax, clip, qmax, stored, smallest, most)[0]
-    tl.store(absmax_ptr + o * groups + group, absmax, o < rows)
-    tl.store(largest_ptr + o * groups + group, largest, o < rows)
-    codes = _nearest(x * (1.0 / scale)[:, None], qmin, qmax)
-    place = o.to(tl.int64)[:, None] * columns + i[None, :]
-    tl.store(out_ptr + place, (codes * scale[:, None]).to(out_ptr.dtype.element_ty), mask)
-    if coded:
-        tl.store(scale_ptr + group * rows + o, scale, o < rows)
-        tl.store(codes_ptr + place, codes.to(codes_ptr.dtype.element_ty), mask)
-
-
-@triton.jit
-def round_parts(
-    w_ptr, a_ptr, b_ptr, s_ptr, clip_ptr, out_ptr, absmax_ptr, largest_ptr, codes_ptr, scale_ptr,
-    part_absmax_ptr, part_largest_ptr, rows, columns, row_stride, groups, clip_stride_o, clip_stride_g,
     rank: tl.constexpr, size: tl.constexpr, parts: tl.constexpr, span: tl.constexpr,
     form: tl.constexpr, smoothed: tl.constexpr, stored: tl.constexpr,
     qmin: tl.constexpr, qmax: tl.constexpr, smallest: tl.constexpr, most: tl.constexpr, coded: tl.constexpr,
     block_o: tl.constexpr, block_i: tl.constexpr, block_r: tl.constexpr, block_p: tl.constexpr,
 ):  # fmt: skip
-    """⟨W⟩ for some rows of a part of a long group, whose largest magnitude `largest_of_parts` found."""
+    """⟨W⟩ for some rows of a group, or of a part of a long one, whose largest magnitude `largest_of_parts` found."""
     o = tl.program_id(0) * block_o + tl.arange(0, block_o)
     group, part = tl.program_id(1) // parts, tl.program_id(1) % parts
     w_row = w_ptr + o.to(tl.int64)[:, None] * row_stride
     start_of_row = o.to(tl.int64)[:, None] * columns
     a = _low_rank_rows(w_ptr, a_ptr, o, rows, rank, form, block_r)
-    p = tl.arange(0, block_p)
-    there = (o < rows)[:, None] & (p < parts)[None, :]
-    found = (group * parts + p)[None, :] * rows + o[:, None]
-    absmax, winner = tl.max(tl.load(part_absmax_ptr + found, there, -1.0), 1, return_indices=True)
-    places = tl.load(part_largest_ptr + found, there, 0)
-    largest = tl.sum(tl.where(p[None, :] == winner[:, None], places, 0), 1)
+    if size <= block_i:  # all of it is here
+        i, within, mask, x = _part_of_group(
+            w_row, a, b_ptr, s_ptr, o, group, 0, rows, columns, rank, size, form, smoothed, block_i, block_r
+        )
+        absmax, largest = _largest(x, within)
+    else:
+        p = tl.arange(0, block_p)
+        there = (o < rows)[:, None] & (p < parts)[None, :]
+        found = (group * parts + p)[None, :] * rows + o[:, None]
+        absmax, winner = tl.max(tl.load(part_absmax_ptr + found, there, -1.0), 1, return_indices=True)
+        places = tl.load(part_largest_ptr + found, there, 0)
+        largest = tl.sum(tl.where(p[None, :] == winner[:, None], places, 0), 1)
     clip = tl.load(clip_ptr + o * clip_stride_o + group * clip_stride_g, o < rows, 1.0)
     scale = _scale(absmax, clip, qmax, stored, smallest, most)[0]
     if part == 0:
@@ -276,10 +254,11 @@ def round_parts(
         if coded:
             tl.store(scale_ptr + group * rows + o, scale, o < rows)
     for start in range(0, span, block_i):
-        at = part * span + start
-        i, _, mask, x = _part_of_group(
-            w_row, a, b_ptr, s_ptr, o, group, at, rows, columns, rank, size, form, smoothed, block_i, block_r
-        )
+        if size > block_i:
+            at = part * span + start
+            i, _, mask, x = _part_of_group(
+                w_row, a, b_ptr, s_ptr, o, group, at, rows, columns, rank, size, form, smoothed, block_i, block_r
+            )
         codes = _nearest(x * (1.0 / scale)[:, None], qmin, qmax)
         tl.store(out_ptr + start_of_row + i[None, :], (codes * scale[:, None]).to(out_ptr.dtype.element_ty), mask)
         if coded:

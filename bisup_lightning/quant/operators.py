@@ -206,10 +206,11 @@ def _weight_arguments(
 
 
 def _split(w: Tensor, size: int) -> tuple[tuple[int, int], dict[str, int]]:
-    """Programs of a kernel that takes a tile of rows in a part of a long group, and its constants."""
-    parts = triton.cdiv(size, PART)
+    """Programs of a kernel that takes a tile of rows in a group, or in a part of a long group, and its constants."""
+    span = size if size <= MAX_BLOCK_I else PART
+    parts = triton.cdiv(size, span)
     grid = triton.cdiv(w.shape[0], ROUND_BLOCKS["block_o"]), w.shape[1] // size * parts
-    return grid, {**ROUND_BLOCKS, "parts": parts, "span": PART}
+    return grid, {**ROUND_BLOCKS, "parts": parts, "span": span}
 
 
 @torch.library.custom_op("bisup::round_weight", mutates_args=())
@@ -241,24 +242,19 @@ def round_weight(
     absmax = torch.empty(w.shape[0], w.shape[1] // size, dtype=torch.float32, device=w.device)
     largest = torch.empty_like(absmax, dtype=torch.int32)
     codes, scale_GO = _room_for_codes(w, w.shape, size, code_dtype)
-    outputs = out, absmax, largest, _as_float8(codes), scale_GO
-    coded = code_dtype is not None
+    grid, split = _split(w, size)
+    part_absmax = absmax.new_empty(grid[1] if size > MAX_BLOCK_I else 0, w.shape[0])
+    part_largest = torch.empty_like(part_absmax, dtype=torch.int32)
     with torch.cuda.device_of(w):
-        if size <= MAX_BLOCK_I:
-            grid = triton.cdiv(w.shape[0], ROUND_BLOCKS["block_o"]), w.shape[1] // size
-            kernels.round_groups[grid](*tensors, *outputs, **constants, **ROUND_BLOCKS, coded=coded)
-        else:
-            grid, split = _split(w, size)
-            part_absmax = absmax.new_empty(grid[1], w.shape[0])
-            part_largest = torch.empty_like(part_absmax, dtype=torch.int32)
+        if size > MAX_BLOCK_I:  # else the next kernel sees whole groups
             shared = ("rows", "columns", "row_stride", "rank", "size", "form", "smoothed", "block_i", "block_r")
             kernels.largest_of_parts[grid](
                 *tensors[:4], part_absmax, part_largest, **{name: constants[name] for name in shared}, **split
             )
-            kernels.round_parts[grid](
-                *tensors, *outputs, part_absmax, part_largest, **constants, **split, coded=coded,
-                block_p=triton.next_power_of_2(split["parts"]),
-            )  # fmt: skip
+        kernels.round_weight[grid](
+            *tensors, part_absmax, part_largest, out, absmax, largest, _as_float8(codes), scale_GO, **constants,
+            **split, coded=code_dtype is not None, block_p=triton.next_power_of_2(split["parts"]),
+        )  # fmt: skip
     return out, absmax, largest, codes, scale_GO
 
 
