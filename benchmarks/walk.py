@@ -18,7 +18,8 @@ import torch
 
 from benchmarks.step import print_rate, step_operations
 from benchmarks.synthetic import SHAPES, write_checkpoint
-from bisup_lightning.calibrate.driver import BlockResult, BlockWalk
+from bisup_lightning.calibrate.block_result import BlockResult
+from bisup_lightning.calibrate.driver import BlockWalk
 from bisup_lightning.calibrate.events import WalkCallback
 from bisup_lightning.cli import main as run_command
 

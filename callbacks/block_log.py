@@ -7,7 +7,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch.utils.tensorboard import SummaryWriter
 
-from bisup_lightning.calibrate.driver import BlockResult, BlockWalk
+from bisup_lightning.calibrate.block_result import BlockResult
+from bisup_lightning.calibrate.driver import BlockWalk
 from bisup_lightning.calibrate.events import WalkCallback
 
 

@@ -11,7 +11,8 @@ from rich.text import Text
 from torch import Tensor
 
 from bisup_lightning.calibrate.block_calibration import BlockCalibration
-from bisup_lightning.calibrate.driver import BlockResult, BlockWalk
+from bisup_lightning.calibrate.block_result import BlockResult
+from bisup_lightning.calibrate.driver import BlockWalk
 from bisup_lightning.calibrate.events import WalkCallback
 
 

@@ -14,7 +14,8 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from bisup_lightning.calibrate.driver import BlockResult, BlockWalk
+from bisup_lightning.calibrate.block_result import BlockResult
+from bisup_lightning.calibrate.driver import BlockWalk
 from bisup_lightning.calibrate.events import WalkCallback
 from bisup_lightning.cli import main
 

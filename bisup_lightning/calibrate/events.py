@@ -8,7 +8,8 @@ import torch
 from lightning.pytorch import Callback
 
 if TYPE_CHECKING:
-    from bisup_lightning.calibrate.driver import BlockResult, BlockWalk
+    from bisup_lightning.calibrate.block_result import BlockResult
+    from bisup_lightning.calibrate.driver import BlockWalk
 
 
 class WalkCallback(Callback):
