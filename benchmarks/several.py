@@ -24,7 +24,7 @@ from statistics import fmean
 
 import torch
 
-from benchmarks.synthetic import SHAPES, write_checkpoint
+from benchmarks.synthetic import SHAPES, write_checkpoint, write_text
 
 ROOT = Path(__file__).parent.parent
 COMPILING = 4  # blocks in which something may still be compiled
@@ -146,8 +146,7 @@ def main(arguments: list[str] | None = None) -> None:
         folder = Path(name)
         checkpoint = write_checkpoint(folder / "checkpoint", given.shape, given.blocks, device=device)
         torch.cuda.empty_cache()
-        text = folder / "text.txt"
-        text.write_text(" ".join(str(number) for number in range(400_000)), encoding="utf-8")
+        text = write_text(folder)
         options = [
             f"--config={ROOT / 'configs/base.yaml'}", *(f"--config={path}" for path in given.config),
             f"--checkpoint={checkpoint}", f"--data.calibration={text}", "--evaluation.perplexity=[]",

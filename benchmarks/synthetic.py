@@ -71,6 +71,13 @@ def write_checkpoint(
     return folder
 
 
+def write_text(folder: Path) -> Path:
+    """Write a text that is long enough for 128 sequences of 2048 tokens."""
+    text = folder / "text.txt"
+    text.write_text(" ".join(str(number) for number in range(400_000)), encoding="utf-8")
+    return text
+
+
 def main() -> None:
     """Write what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

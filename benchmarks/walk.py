@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 
 from benchmarks.step import print_rate, step_operations
-from benchmarks.synthetic import SHAPES, write_checkpoint
+from benchmarks.synthetic import SHAPES, write_checkpoint, write_text
 from bisup_lightning.calibrate.block_result import BlockResult
 from bisup_lightning.calibrate.driver import BlockWalk
 from bisup_lightning.calibrate.events import WalkCallback
@@ -85,8 +85,7 @@ def main() -> None:
     given, more = parser.parse_known_args()
     rate = print_rate()
     checkpoint = write_checkpoint(given.folder / "checkpoint", given.shape, given.blocks, device="cuda")
-    text = given.folder / "text.txt"
-    text.write_text(" ".join(str(number) for number in range(400_000)), encoding="utf-8")
+    text = write_text(given.folder)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()

@@ -236,14 +236,13 @@ class BlockCalibration(LightningModule):
         """Go no further once the loss is not finite: on a GPU that of the epoch before, which all processes know."""
         self._log_loss()  # where a callback ended the training within an epoch
         self.epoch_log.end(self.current_epoch, self.global_step - 1, self.device, self.loggers)
-        if (loss := self.epoch_log.known_loss) is not None and not math.isfinite(loss):
+        if self.epoch_log.diverged:
             self.trainer.should_stop = True
 
     def on_train_end(self) -> None:
         """Go on with the fused block, and tell the loggers everything meanwhile."""
         self.make_room()
-        diverged = not math.isfinite(self.epoch_log.known_loss or 0.0)
-        if self.when_fused is not None and is_fused(self.layer) and not diverged:
+        if self.when_fused is not None and is_fused(self.layer) and not self.epoch_log.diverged:
             with suppress(torch.OutOfMemoryError):  # then it has its turn when what training holds is free
                 self.when_fused(self.layer)
         self.epoch_log.tell(self.loggers)

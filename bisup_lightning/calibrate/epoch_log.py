@@ -1,5 +1,6 @@
 """What becomes known of a block's epochs, for loggers and whoever watches."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -45,6 +46,11 @@ class EpochLog:
         self.known_loss: float | None = None
         self._figures: dict[str, Figure] = {}
         self._ended: list[Epoch] = []
+
+    @property
+    def diverged(self) -> bool:
+        """Whether that loss is known and not finite."""
+        return self.known_loss is not None and not math.isfinite(self.known_loss)
 
     def add(self, figures: Mapping[str, Figure]) -> None:
         """Note figures of the epoch at hand.

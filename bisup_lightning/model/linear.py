@@ -20,6 +20,7 @@ from bisup_lightning.quant.affine import (
     fake_quantize_segments,
     operators,
     quantize,
+    side_by_side,
     wide,
 )
 from bisup_lightning.quant.clipping import search_weight_clip
@@ -32,11 +33,6 @@ from bisup_lightning.quant.spec import QuantSpec, Segment
 LowRankForm = Literal["slrec", "lrec"]
 EVERY = slice(None)
 LOW_RANK = {"slrec": low_rank.slrec, "lrec": low_rank.lrec}
-
-
-def _side_by_side(parts: Sequence[Tensor]) -> Tensor:
-    """Columns that stand next to each other, without a copy where there is one part."""
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts), -1)
 
 
 class InputQuantizer(nn.Module):
@@ -225,7 +221,7 @@ class QuantLinear(nn.Module):
             else:
                 part_OC = fake_quantize(self.compensated_weight(columns), segment.spec, clip, self.storage_dtype)
             parts.append(part_OC.to(dtype))
-        return _side_by_side(parts)
+        return side_by_side(parts)
 
     def _segments(self) -> Iterator[tuple[Segment, slice, Tensor]]:
         """Each segment with its columns and clip values."""
@@ -382,11 +378,11 @@ class PackedLinear(nn.Module):
     def hold_dense(self, dtype: torch.dtype) -> None:
         """Keep Ŵ in the dtype that inputs have, from now on, beside its codes."""
         if self.held_OI is None or self.held_OI.dtype != dtype:
-            self.held_OI = _side_by_side([segment.take_dense(dtype) for segment in self.segments])
+            self.held_OI = side_by_side([segment.take_dense(dtype) for segment in self.segments])
 
     def dense_weight(self) -> Tensor:
         """Ŵ [O, I] in the wide dtype."""
-        return _side_by_side([segment.dense() for segment in self.segments])
+        return side_by_side([segment.dense() for segment in self.segments])
 
     def forward(self, x_BTI: Tensor) -> Tensor:
         """⟨x⟩ Ŵᵀ + bias, in x's dtype."""

@@ -171,6 +171,11 @@ def fake_quantize(
     return rounded.to(x.dtype).flatten(-2)
 
 
+def side_by_side(parts: Sequence[Tensor]) -> Tensor:
+    """Neighbouring columns as one tensor, without a copy where there is one part."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), -1)
+
+
 def fake_quantize_segments(x: Tensor, segments: Sequence[Segment], clips: Sequence[Tensor]) -> Tensor:
     """`fake_quantize` of [..., I], each segment of columns under its own quantizer and clip values, or as it is."""
     parts = [
@@ -179,4 +184,4 @@ def fake_quantize_segments(x: Tensor, segments: Sequence[Segment], clips: Sequen
             x.split([segment.columns for segment in segments], -1), segments, clips, strict=True
         )
     ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+    return side_by_side(parts)

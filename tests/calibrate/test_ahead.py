@@ -2,7 +2,6 @@
 
 import gc
 import math
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import ClassVar
@@ -76,23 +75,28 @@ def test_nothing_of_a_training_that_diverged_is_passed_on(fit, checkpoint, monke
     assert all(math.isfinite(loss) for loss in passed)
 
 
+class Trained(WalkCallback):
+    """Keeps what was trained."""
+
+    modules: ClassVar[list[BlockCalibration]] = []
+
+    def on_train_end(self, trainer, pl_module):
+        self.modules.append(pl_module)
+
+
 def test_what_does_not_fit_beside_a_training_has_its_turn_behind_it(fit, checkpoint, monkeypatch, tmp_path):
     expected = fit(checkpoint, tmp_path / "expected", "--solver.epochs=1")
-    trainings, outputs_q = [], LayerInputs.outputs_q
-
-    class Counts(WalkCallback):
-        def on_train_end(self, trainer, pl_module):
-            trainings.append(pl_module)
+    outputs_q = LayerInputs.outputs_q
+    Trained.modules.clear()
 
     def scarce(self, run):
-        if trainings and trainings[-1].when_fused is not None:  # its module is not released yet
+        if Trained.modules and Trained.modules[-1].when_fused is not None:  # it is not released yet
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return outputs_q(self, run)
 
     monkeypatch.setattr(LayerInputs, "outputs_q", scarce)
-    monkeypatch.setattr(sys.modules[__name__], "Counts", Counts, raising=False)
-    run = fit(checkpoint, tmp_path / "run", "--solver.epochs=1", with_callback(Counts))
-    assert len(trainings) == BLOCKS
+    run = fit(checkpoint, tmp_path / "run", "--solver.epochs=1", with_callback(Trained))
+    assert len(Trained.modules) == BLOCKS
     assert contents(run / "model") == contents(expected / "model")
 
 
