@@ -40,7 +40,7 @@ class Evaluation:
     devices: int = 1
 
     def __post_init__(self) -> None:
-        for name, least in {"seq_len": 2, "max_chunks": 1, "batch_size": 1, "zero_shot_limit": 1, "devices": 1}.items():
+        for name, least in {"seq_len": 2, "max_chunks": 1, "batch_size": 1, "zero_shot_limit": 2, "devices": 1}.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"evaluation.{name} must be at least {least}, not {value}")

@@ -234,8 +234,11 @@ def _kind(path: Path) -> str:
     try:
         with path.open(encoding="utf-8") as file:
             keys = set(json.loads(file.readline()))
+            alone = not file.readline().strip()
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"evaluation.zero_shot: {path} can't be read as rows of JSON ({error})") from error
+    if alone:
+        raise UserError(f"evaluation.zero_shot: {path} has one row, which tells nothing of an error; give more")
     for kind, needed in ROWS.items():
         if keys.issuperset(needed):
             return kind

@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from bisup_lightning.hub.quantizer import BisupConfig, StandBehindPrompt, keep_cache_only_if_asked
 from bisup_lightning.model.blockwise import BlockwiseModel
@@ -29,10 +30,11 @@ def load_behind_prompt(
         return model
     body, config = decoder(model), model.config
     ids_1P = torch.tensor([list(prompt)], device=device)
-    layers = getattr(body(input_ids=ids_1P, use_cache=True), CACHE).layers
+    cache: Any = DynamicCache()  # of full length, also where a block has a window
+    body(input_ids=ids_1P, use_cache=True, **{CACHE: cache})
     kept = PromptKV(config.num_hidden_layers, config.num_key_value_heads, len(prompt), head_dim(config))
     kept.ids.copy_(ids_1P[0])
-    for index, layer in enumerate(layers):
+    for index, layer in enumerate(cache.layers):
         for name, states_1HPd in zip(kept.names(index), (layer.keys, layer.values), strict=True):
             kept.register_buffer(name, states_1HPd[0].clone())
     model.prompt_kv = kept

@@ -1,5 +1,6 @@
 """The quantizer "bisup" of transformers: lets `AutoModelForCausalLM.from_pretrained` load a run's `model/` folder."""
 
+import inspect
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -58,7 +59,20 @@ class BisupQuantizer(HfQuantizer):
     requires_calibration = True
     quantization_config: BisupConfig
 
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse to keep a part elsewhere than where it computes: such parts are fetched when modules run, not clips.
+
+        Raises:
+            ValueError: If the device map does.
+        """
+        places = kwargs.get("device_map")
+        places = {str(place) for place in places.values()} if isinstance(places, dict) else set()
+        if "disk" in places or ("cpu" in places and len(places) > 1):
+            raise ValueError("device_map: a bisup model lies on GPUs, or on the CPU as a whole; give it more of them")
+
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        if not hasattr(model, "model"):
+            raise ValueError("a bisup model loads as AutoModelForCausalLM, not as its decoder alone")
         for layer in decoder_layers(model):
             pack_layer(layer, self.quantization_config.read_scheme(), model.config)
         if length := self.quantization_config.prompt_length:
@@ -92,8 +106,8 @@ class StandBehindPrompt:
 
     Inputs may begin with the prompt's own tokens (what a tokenizer adds, or a chat template). If all do, and none is
     padded, they stay as they are, and the exact keys and values replace those that the quantized blocks make of these
-    tokens. Otherwise all stand behind the exact prompt, and where a row of a batch with an attention mask brings it
-    along, its copy is masked out.
+    tokens. Otherwise all stand behind the exact prompt, and where there is an attention mask, or the text comes in
+    chunks, a row's own copy is masked out as soon as it is complete.
 
     Args:
         model: The loaded model.
@@ -103,37 +117,55 @@ class StandBehindPrompt:
     def __init__(self, model: PreTrainedModel, kv: KVQuantizer) -> None:
         self.num_layers, self.kv = model.config.num_hidden_layers, kv
         self.prompt: PromptKV | None = getattr(model, "prompt_kv", None)
+        self.parameters = tuple(inspect.signature(decoder(model).forward).parameters)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """The arguments with which the decoder runs."""
-        if args:  # transformers calls its decoders with keywords
-            kwargs = {"input_ids": args[0], **kwargs}
-        cache, mask_BT = kwargs.get(CACHE), kwargs.get("attention_mask")
-        if mask_BT is not None and mask_BT.ndim != 2:
-            raise ValueError("a bisup model takes attention masks of shape [batch, tokens] only")
+        kwargs = dict(zip(self.parameters, args, strict=False)) | kwargs
+        cache, ids_BT, mask_BT = kwargs.get(CACHE), kwargs.get("input_ids"), kwargs.get("attention_mask")
+        if mask_BT is not None and (not isinstance(mask_BT, Tensor) or mask_BT.ndim != 2):
+            raise ValueError(
+                "a bisup model takes attention masks of shape [batch, tokens] only, and no cache_implementation"
+            )
         if not isinstance(cache, PromptCache):
             if cache is not None and cache.get_seq_length() > 0:
                 raise ValueError("a bisup model needs its own cache: pass none, or the one that it returned")
-            cache = self._new_cache(kwargs.get("input_ids"), mask_BT)
+            cache = PromptCache(self.num_layers, self.kv, self.prompt)
+        if not cache.layers[0].is_initialized:
+            # Without a mask, texts of which only some hold the prompt are taken as they are: so perplexity is measured.
+            whole = mask_BT is None and ids_BT is not None and ids_BT.shape[1] >= cache.length
+            cache.begin(None if whole else ids_BT, self._holds_prompt(ids_BT, mask_BT))
         kwargs[CACHE] = cache
         if cache.tokens_in_front:
+            self._find_copies(cache, ids_BT, mask_BT)
             self._stand_behind(kwargs, cache)
         return (), kwargs
 
-    def _new_cache(self, ids_BT: Tensor | None, mask_BT: Tensor | None) -> PromptCache:
+    def _holds_prompt(self, ids_BT: Tensor | None, mask_BT: Tensor | None) -> bool:
+        """Whether every row begins with the prompt, without padding."""
         if self.prompt is None or ids_BT is None or ids_BT.shape[1] < len(self.prompt.ids):
-            return PromptCache(self.num_layers, self.kv, self.prompt)
+            return False
         prompt_P = self.prompt.ids.to(ids_BT.device)
-        column_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
-        first_B1 = ids_BT.new_zeros(len(ids_BT), 1) if mask_BT is None else mask_BT.int().argmax(1, keepdim=True)
-        columns_BP = (first_B1 + column_T[: len(prompt_P)]).clamp_max(ids_BT.shape[1] - 1)
-        holds_B1 = (ids_BT.gather(1, columns_BP) == prompt_P).all(1, keepdim=True)
-        if bool(holds_B1.all()) and not bool(first_B1.any()):
-            return PromptCache(self.num_layers, self.kv, self.prompt, inputs_hold_prompt=True)
-        cache = PromptCache(self.num_layers, self.kv, self.prompt)
-        if mask_BT is not None and bool(holds_B1.any()):
-            cache.own_copy_BT = holds_B1 & (column_T >= first_B1) & (column_T < first_B1 + len(prompt_P))
-        return cache
+        begins = (ids_BT[:, : len(prompt_P)] == prompt_P).all()
+        return bool(begins if mask_BT is None else begins & mask_BT[:, 0].bool().all())
+
+    def _find_copies(self, cache: PromptCache, ids_BT: Tensor | None, mask_BT: Tensor | None) -> None:
+        """See which rows bring the prompt along, until all hold enough tokens to tell."""
+        if self.prompt is None or cache.beginning_BT is None or ids_BT is None:
+            cache.beginning_BT = None
+            return
+        held = cache.get_seq_length() - cache.tokens_in_front  # fewer than came, where some were taken back
+        beginning_BT = torch.cat([cache.beginning_BT[:, :held], ids_BT], dim=1)
+        prompt_P, total = self.prompt.ids.to(ids_BT.device), beginning_BT.shape[1]
+        column_T = torch.arange(total, device=ids_BT.device)
+        mask_BT = torch.ones_like(beginning_BT) if mask_BT is None else mask_BT[:, :total]
+        first_B1 = (mask_BT.cumsum(1) == 0).sum(1, keepdim=True)
+        behind_B1 = first_B1 + len(prompt_P)
+        columns_BP = (first_B1 + torch.arange(len(prompt_P), device=ids_BT.device)).clamp_max(total - 1)
+        holds_B1 = (behind_B1 <= total) & (beginning_BT.gather(1, columns_BP) == prompt_P).all(1, keepdim=True)
+        copy_BT = holds_B1 & (column_T >= first_B1) & (column_T < behind_B1)
+        cache.own_copy_BT = copy_BT if bool(holds_B1.any()) else None
+        cache.beginning_BT = None if bool((behind_B1 <= total).all()) else beginning_BT
 
     @staticmethod
     def _stand_behind(kwargs: dict[str, Any], cache: PromptCache) -> None:

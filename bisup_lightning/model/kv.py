@@ -134,13 +134,15 @@ class PromptCacheLayer(DynamicLayer):
     Args:
         quantizer: Quantizer of keys and values.
         prompt: The prompt's keys and values [H, P, d], or None.
+
+    Attributes:
         inputs_hold_prompt: Whether the first tokens that arrive are the prompt itself. Then their keys and values are
             replaced by the exact ones; otherwise these stand in front from the start.
     """
 
-    def __init__(self, quantizer: KVQuantizer, prompt: KeyValue | None, inputs_hold_prompt: bool) -> None:
+    def __init__(self, quantizer: KVQuantizer, prompt: KeyValue | None) -> None:
         super().__init__()
-        self.quantizer, self.prompt, self.inputs_hold_prompt = quantizer, prompt, inputs_hold_prompt
+        self.quantizer, self.prompt, self.inputs_hold_prompt = quantizer, prompt, False
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> KeyValue:
         """Append new keys and values [B, H, T, d], quantized; return all [B, H, P + T so far, d]."""
@@ -165,22 +167,35 @@ class PromptCache(Cache):
         num_layers: L.
         quantizer: Quantizer of keys and values.
         prompt: The prompt in every block, or None.
-        inputs_hold_prompt: See PromptCacheLayer.
+
+    Attributes:
+        tokens_in_front: P, or 0 where the inputs hold the prompt.
+        own_copy_BT: Where inputs bring the prompt along although it stands in front.
+        beginning_BT: Ids of all tokens so far, while it is unknown of some row whether it begins with the prompt.
     """
 
-    def __init__(
-        self, num_layers: int, quantizer: KVQuantizer, prompt: PromptKV | None, inputs_hold_prompt: bool = False
-    ) -> None:
-        super().__init__(
-            layers=[
-                PromptCacheLayer(quantizer, None if prompt is None else prompt.of_layer(index), inputs_hold_prompt)
-                for index in range(num_layers)
-            ]
-        )
-        self.tokens_in_front = 0 if prompt is None or inputs_hold_prompt else len(prompt.ids)
-        self.own_copy_BT: Tensor | None = None  # where inputs bring the prompt along although it stands in front
+    layers: list[PromptCacheLayer]  # type: ignore[assignment]  # of one kind
+
+    def __init__(self, num_layers: int, quantizer: KVQuantizer, prompt: PromptKV | None) -> None:
+        prompts = [None if prompt is None else prompt.of_layer(index) for index in range(num_layers)]
+        super().__init__(layers=[PromptCacheLayer(quantizer, prompt) for prompt in prompts])
+        self.length = 0 if prompt is None else len(prompt.ids)
+        self.begin(None, inputs_hold_prompt=False)
+
+    def begin(self, ids_BT: Tensor | None, inputs_hold_prompt: bool) -> None:
+        """Before the first tokens of a text.
+
+        Args:
+            ids_BT: Their ids, if it depends on them what is the prompt's copy.
+            inputs_hold_prompt: See PromptCacheLayer.
+        """
+        for layer in self.layers:
+            layer.inputs_hold_prompt = inputs_hold_prompt
+        self.tokens_in_front = 0 if inputs_hold_prompt else self.length
+        self.own_copy_BT: Tensor | None = None
+        self.beginning_BT: Tensor | None = None if ids_BT is None else ids_BT[:, :0]
 
 
 def _in_front(prompt_HPd: Tensor, x_BHTd: Tensor) -> Tensor:
-    prompt = prompt_HPd.to(x_BHTd.dtype).expand(x_BHTd.shape[0], -1, -1, -1)
+    prompt = prompt_HPd.to(x_BHTd).expand(x_BHTd.shape[0], -1, -1, -1)
     return torch.cat([prompt, x_BHTd], dim=2)

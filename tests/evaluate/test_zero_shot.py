@@ -115,6 +115,18 @@ def test_scores_are_those_of_likelihoods_by_hand(lm_eval, checkpoint, tokenizer,
     assert score.stderr == pytest.approx(math.sqrt(share * (1 - share) / (len(solved) - 1)))
 
 
+@torch.no_grad()
+def test_a_prompt_longer_than_a_window_stands_there_whole(make_checkpoint):
+    """A text token by token behind it, and the two as one text, from a model that forgets what left the window."""
+    folder = make_checkpoint("mistral", sliding_window=8)
+    ids = torch.randint(10, 8192, (1, 24), generator=torch.Generator().manual_seed(0))
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    for length in (1, 7, 8, 20):
+        model = load_behind_prompt(folder, ids[0, :length].tolist(), torch.float64, CPU)
+        behind, expected = model(input_ids=ids[:, length:]).logits, plain(input_ids=ids).logits[:, length:]
+        torch.testing.assert_close(behind, expected, rtol=0, atol=1e-9)
+
+
 def test_full_precision_equals_plain_hflm_exactly(lm_eval, checkpoint, tokenizer, tmp_path):
     """All log-likelihoods, to the last bit: without a prompt nothing stands between lm-eval and the model."""
     from lm_eval.api.instance import Instance
@@ -272,7 +284,8 @@ def test_files_need_no_hub(lm_eval, hub):
     [
         (None, "can't be read"),
         ("not JSON\n", "can't be read"),
-        ('{"text": "x"}\n', "none of the forms: query, choices"),
+        ('{"text": "x"}\n' * 2, "none of the forms: query, choices"),
+        ('{"query": "x", "choices": ["a", "b"], "gold": 0}\n\n', "has one row"),
     ],
 )
 def test_files_of_no_use_are_refused(tmp_path, content, words):

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from bisup_lightning.data.corpus import evaluation_tokens
 from bisup_lightning.hub.load import open_quantized
@@ -106,7 +106,7 @@ def test_a_users_two_lines_are_enough(run_of):
     run_dir = run_of("llama, bisup, text prompt")
     script = f"""
 import bisup_lightning, torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained({str(run_dir / "model")!r})
 print(model(torch.arange(10, 20)[None]).logits.double().sum().item())
 """
@@ -249,6 +249,20 @@ def test_in_another_dtype_codes_stay_and_logits_are_near(run_of, load, name):
     logits = logits_of(narrow, tokens())
     assert logits.dtype == torch.bfloat16
     assert F.cosine_similarity(logits.float().flatten(), logits_of(plain, tokens()).flatten(), 0) > 0.8
+
+
+def test_what_it_can_not_be_loaded_as_is_refused(run_of, tmp_path):
+    """Instead of an error somewhere inside, or later."""
+    folder = run_of("llama, bisup, text prompt") / "model"
+    with pytest.raises(ValueError, match="loads as AutoModelForCausalLM"):
+        AutoModel.from_pretrained(folder)
+    halves = {"": "cpu", "model.layers.1": "disk"}
+    with pytest.raises(ValueError, match="device_map: a bisup model lies on GPUs"):
+        AutoModelForCausalLM.from_pretrained(folder, device_map=halves, offload_folder=tmp_path)
+    with pytest.raises(ValueError, match="device_map: a bisup model lies on GPUs"):
+        AutoModelForCausalLM.from_pretrained(folder, device_map={"": 0, "model.layers.1": "cpu"})
+    whole = AutoModelForCausalLM.from_pretrained(folder, device_map={"": "cpu"})
+    assert whole.device.type == "cpu"
 
 
 def test_a_loaded_model_says_what_can_be_done_with_it(run_of, load):

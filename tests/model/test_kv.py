@@ -21,6 +21,12 @@ QUANTIZERS = {
 every_quantizer = pytest.mark.parametrize("quantizer", QUANTIZERS.values(), ids=QUANTIZERS)
 
 
+def holding(cache):
+    """A cache whose inputs begin with the prompt."""
+    cache.begin(None, inputs_hold_prompt=True)
+    return cache
+
+
 def keys_values(length, batch=2, seed=0, dim=DIM, dtype=torch.float32):
     """Random k and v [B, H, T, d], off zero, with a loud channel in k."""
     generator = torch.Generator().manual_seed(seed)
@@ -149,7 +155,7 @@ def test_the_prompt_is_never_rounded(quantizer):
     for sight in (
         BlockKV(quantizer, prompt.of_layer(1)).update(k, v, 1),
         PromptCache(LAYERS, quantizer, prompt).update(k, v, 1),
-        PromptCache(LAYERS, quantizer, prompt, inputs_hold_prompt=True).update(k, v, 1),
+        holding(PromptCache(LAYERS, quantizer, prompt)).update(k, v, 1),
     ):
         assert equal(tuple(part[:, :, :3] for part in sight), wanted)
 
@@ -162,7 +168,7 @@ def test_inputs_that_hold_the_prompt_see_its_exact_keys(quantizer, prompt_length
     prompt = prompt_kv(prompt_length)
     k, v = keys_values(4)
     k_own, v_own = keys_values(prompt_length, seed=9)  # what the quantized block makes of the prompt
-    cache = PromptCache(LAYERS, quantizer, prompt, inputs_hold_prompt=True)
+    cache = holding(PromptCache(LAYERS, quantizer, prompt))
     assert cache.get_seq_length() == 0
     assert cache.tokens_in_front == 0
     k_parts, v_parts = chunks_of(k, sizes), chunks_of(v, sizes)
