@@ -20,6 +20,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
 from bisup_lightning.calibrate.analysis import analyze_run
@@ -179,6 +180,11 @@ def make_job(parser: LightningArgumentParser, config: Namespace, signals: Signal
     _, members = objects.parallel.arrange(ranks.world, objects.solver.epochs, data.batch_size, data.num_samples)
     vars(rank_zero_only)["rank"] = ranks.rank % members  # who logs, of those that train a block together
     logs = None if ranks.rank % members else config.run_dir / "logs"
+    make_trainer = trainer_factory(objects.trainer, callbacks, logs, device)
+    try:
+        make_trainer(0, objects.solver.epochs)  # so that what it refuses shows before any work
+    except (MisconfigurationException, ValueError) as error:
+        raise UserError(f"trainer: {error}") from error
     return Job(
         checkpoint=config.checkpoint,
         run_dir=config.run_dir,
@@ -190,7 +196,7 @@ def make_job(parser: LightningArgumentParser, config: Namespace, signals: Signal
         evaluation=objects.evaluation,
         seed=config.seed,
         callbacks=callbacks,
-        make_trainer=trainer_factory(objects.trainer, callbacks, logs, device),
+        make_trainer=make_trainer,
         device=device,
         settings=settings,
         config_yaml=parser.dump(config, skip_none=False),

@@ -49,10 +49,12 @@ class BlockLog(WalkCallback):
 
 
 def _append(path: Path, row: dict[str, float | int | bool]) -> None:
-    new = not path.is_file()
+    """Add a row under the columns that are there: a run that goes on with more processes has others."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(row))
-        if new:
+    with path.open("a+", encoding="utf-8", newline="") as file:
+        file.seek(0)
+        header = next(csv.reader(file), None)
+        writer = csv.DictWriter(file, header or list(row), restval="", extrasaction="ignore")
+        if header is None:
             writer.writeheader()
         writer.writerow(row)

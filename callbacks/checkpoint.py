@@ -59,7 +59,7 @@ class BlockCheckpoint(WalkCallback):
         signals.check()
 
     def on_block_end(self, walk: BlockWalk, result: BlockResult) -> None:
-        """Save the block, beside what follows; from here on a signal ends the run as soon as that is done."""
+        """Save the block, beside what follows."""
         due = time.monotonic() - self.streams_saved_at >= self.streams_every_n_seconds
         plain = type(walk.relay) is Relay
         streams = walk.whole_streams() if plain and walk.share.agree(due, walk.model.device) else None
@@ -68,4 +68,3 @@ class BlockCheckpoint(WalkCallback):
         self.saved_at = time.monotonic()
         if streams is not None:
             self.streams_saved_at = self.saved_at
-        walk.signals.resume()

@@ -64,15 +64,7 @@ class WalkProgress(WalkCallback):
             (self.live.console if self.live else self.console).print(line)
 
     def on_walk_end(self, walk: BlockWalk) -> None:
-        """Close the line."""
-        self.close()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give the terminal back."""
-        self.close()
-
-    def close(self) -> None:
-        """Stop the live display, if any."""
+        """Close the line, and give the terminal back."""
         if self.live is not None:
             self.live.stop()
             self.live = None

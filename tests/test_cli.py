@@ -100,6 +100,7 @@ IMPOSSIBLE = [
     ("--data.batch_size=0", "data.batch_size"),
     ("--evaluation.max_chunks=-2", "evaluation.max_chunks"),
     ("--evaluation.batch_size=0", "evaluation.batch_size"),
+    ("--evaluation.zero_shot_limit=1", "evaluation.zero_shot_limit"),
     ("--evaluation.devices=0", "evaluation.devices"),
     ("--evaluation.seq_len=0", "evaluation.seq_len"),
     ("--evaluation.seq_len=1", "evaluation.seq_len"),  # nothing to predict: a perplexity of NaN
@@ -115,6 +116,9 @@ IMPOSSIBLE = [
     ("--solver.optimization.low_rank_lr=-0.1", "low_rank_lr"),
     ("--solver.optimization.weight_decay=-1", "weight_decay"),
     ("--trainer.gradient_clip_val=-1", "trainer.gradient_clip_val"),
+    ("--trainer.profiler=foo", "trainer", "profiler"),
+    ("--trainer.limit_train_batches=-1", "trainer", "limit_train_batches"),
+    ("--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint", "trainer", "ModelCheckpoint"),
     ("--seed=99999999999999999999999", "seed"),
     ("--prompt.kind=text", "prompt.text"),
 ]

@@ -1,11 +1,14 @@
 """Reads the next block while a GPU calibrates one."""
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
 
 from bisup_lightning.data.streams import side_stream
+from bisup_lightning.errors import UserError
 from bisup_lightning.model.blockwise import BlockwiseModel
 
 BlockAndTensors = tuple[nn.Module, dict[str, Tensor]]
@@ -16,13 +19,14 @@ class BlockReader:
 
     Args:
         model: The full-precision model; its dtype may be set until the first block is read.
+        let_go: Frees memory that is kept for speed alone.
 
     Attributes:
         end: Behind the last block that will be asked for.
     """
 
-    def __init__(self, model: BlockwiseModel) -> None:
-        self.model, self.end = model, model.num_layers
+    def __init__(self, model: BlockwiseModel, let_go: Callable[[], object] = lambda: None) -> None:
+        self.model, self.end, self.let_go = model, model.num_layers, let_go
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="block-reader")
         self._ahead: dict[int, Future[BlockAndTensors]] = {}
         self._stream = side_stream("reading", model.device) if model.device.type == "cuda" else None
@@ -40,11 +44,23 @@ class BlockReader:
         """Block `index`, ready to run once, and its tensors on the device.
 
         Raises:
-            UserError: If the checkpoint is damaged.
+            UserError: If the checkpoint is damaged, or the device is too small.
         """
         if self._stream is None:
             tensors = self.model.layer_tensors(index)
             return self.model.layer(index, tensors), tensors
+        with suppress(torch.OutOfMemoryError):  # beside a training, maybe, which has ended by now
+            return self._take(index)
+        self.let_go()
+        torch.cuda.empty_cache()
+        try:
+            return self._take(index)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"streams: the device has no room for block {index} beside them; choose host or file"
+            ) from error
+
+    def _take(self, index: int) -> BlockAndTensors:
         self.read_ahead(index)
         return self._ahead.pop(index).result()
 

@@ -4,7 +4,9 @@ import gc
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from functools import partial
+from types import TracebackType
+from typing import Literal, Self
 
 import torch
 from lightning.pytorch import Callback, Trainer
@@ -93,7 +95,7 @@ class BlockWalk:
         self.memory, self.streams = memory, streams
         self.relay = Relay()
         self.partials: Mapping[int, Partial] = {}
-        self.reader, self.writer = BlockReader(model), BlockWriter(store)
+        self.reader, self.writer = BlockReader(model, solver.let_go), BlockWriter(store)
         self.prepared: tuple[int, Trainer] | None = None  # for which block
         self.kv_quantizer = KVQuantizer.of(scheme).prepare(model.family.head_dim, model.device)
         self.inputs: LayerInputs
@@ -101,9 +103,22 @@ class BlockWalk:
         self.next_block = 0
         self.loss_initial: Tensor | float = math.nan  # of the block at hand
 
-    def prepare(self) -> None:
+    def __enter__(self) -> Self:
         """Let the callbacks set up before the streams are made."""
         self._tell("on_walk_start")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End what runs beside the walk, and let the callbacks know."""
+        self.relay.stop()
+        self.reader.close()
+        try:
+            self._tell("on_walk_end")
+            self.solver.let_go()
+        finally:
+            self.writer.close()
 
     def begin(self, tokens_NT: Tensor) -> None:
         """Stand before the first block: both streams are the embedded tokens."""
@@ -125,17 +140,18 @@ class BlockWalk:
         From the streams that were saved last, or from the embedded tokens, both streams pass through the finished
         blocks: forward passes alone, which end in the very numbers that the first run had.
         """
-        if progress.streams is None:
+        if not progress.streams_at:
             self.begin(tokens_NT)
         else:
-            streams = progress.streams
+            streams = self.store.read_streams(progress.streams_at)
             x_fp, x_q = (self.share.of(streams[name], self.batch_size) for name in ("x_fp", "x_q"))
             home = self.home(x_fp.shape, x_fp.dtype)
             self._stand(progress.streams_at, home.hold(x_fp), home.hold(x_q), streams["prompt"], home)
-        for metrics in progress.metrics[self.next_block :]:
+        for index, metrics in enumerate(progress.metrics):
             self.inputs.micro_batch = min(self.inputs.micro_batch, metrics["micro_batch"])
-            self._replay(self.next_block)
-            self.next_block += 1
+            if index == self.next_block:
+                self._replay(index)
+                self.next_block += 1
 
     def home(self, shape: torch.Size, dtype: torch.dtype) -> Home:
         """Where streams of that shape [N, T, D] live."""
@@ -189,16 +205,10 @@ class BlockWalk:
                 result = self.calibrate(index)
                 self.next_block = index + 1
                 self._tell("on_block_end", result)
+                self.signals.resume()  # a signal that came meanwhile ends the run when all have heard of the block
             self.relay.close()
         finally:
             gc.unfreeze()
-            self.relay.stop()
-            self.reader.close()
-            try:
-                self._tell("on_walk_end")
-                self.solver.let_go()
-            finally:
-                self.writer.close()
 
     def _pass(self, index: int) -> None:
         """Let full-precision inputs through a block that was finished before."""
@@ -236,14 +246,15 @@ class BlockWalk:
             _check_finite(scale, index)
         passed: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
-        def pass_through(layer: nn.Module) -> None:
+        def pass_through(layer: nn.Module, in_training: bool = False) -> None:
             passed.clear()
             clock.lap("solve")
             self.relay.receive_final(self.inputs)
-            passed[layer] = self.inputs.outputs_q(block.run(hold_dense(layer, self.model.dtype)))
+            # What training holds is free soon: no reason to go on by halves.
+            passed[layer] = self.inputs.outputs_q(block.run(hold_dense(layer, self.model.dtype)), not in_training)
             self._prepare(index + self.relay.stages)
 
-        block.when_fused = pass_through
+        block.when_fused = partial(pass_through, in_training=True)
         layer = self.solver.solve(block) or start
         block.when_fused = None  # or the two would keep each other, and all that they hold
         _check_finite(scale, index)

@@ -95,13 +95,9 @@ def dry_run(job: Job) -> Forecast:
     few = [min(batches * job.data.batch_size, job.data.num_samples) for batches in (1, 2)]
     generator = torch.Generator().manual_seed(0)
     tokens_NT = torch.randint(plain.family.vocab_size, (few[1], job.data.seq_len), generator=generator)
-    with torch.compiler.set_stance("default" if compiles(job, plain) else "force_eager"):
-        try:
-            calibrate(walk, tokens_NT[: few[0]])  # warms up
-            one, two = (calibrate(walk, tokens_NT[:count]) for count in few)
-        finally:
-            walk.reader.close()
-            walk.solver.let_go()
+    with walk, torch.compiler.set_stance("default" if compiles(job, plain) else "force_eager"):
+        calibrate(walk, tokens_NT[: few[0]])  # warms up
+        one, two = (calibrate(walk, tokens_NT[:count]) for count in few)
     more = (job.data.num_samples - few[0]) / max(few[1] - few[0], 1)  # of what the second batch took
     rest = budget.streams * (job.data.num_samples - few[1]) // job.data.num_samples
     device = torch.cuda.max_memory_allocated(job.device) if budget.on_gpu else 0

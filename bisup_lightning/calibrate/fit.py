@@ -192,9 +192,8 @@ def walk(
         streams=job.streams,
     )
     block_walk.partials = progress.partials
-    block_walk.prepare()
     # Resuming passes through finished blocks, which must give what they gave when they were finished.
-    with torch.compiler.set_stance("default" if compiles(job, model) else "force_eager"):
+    with block_walk, torch.compiler.set_stance("default" if compiles(job, model) else "force_eager"):
         if job.independent or place.stage > 0:
             block_walk.begin(tokens_NT)
         else:

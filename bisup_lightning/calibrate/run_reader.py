@@ -16,11 +16,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from bisup_lightning.errors import UserError
+from bisup_lightning.errors import UserError, first_line
 from bisup_lightning.files import sha256
 
 MANIFEST, CONFIG, RESULTS, TOKENS = "manifest.json", "config.yaml", "results.json", "tokens.safetensors"
@@ -57,9 +57,7 @@ class Progress:
     Args:
         metrics: Figures of the finished blocks, in order.
         tokens_NT: The calibration text, or None if it must be made.
-        streams: Both streams and the prompt's hidden states behind the first `streams_at` blocks; None for the
-            embedded text behind none.
-        streams_at: See `streams`.
+        streams_at: Behind how many of them the streams were saved last; 0 for never.
         partials: Where the training of unfinished blocks stopped, as far as it was saved.
         published: Whether `model/` is complete.
         finished: Whether the results are there, too.
@@ -69,7 +67,6 @@ class Progress:
 
     metrics: list[dict[str, Any]]
     tokens_NT: Tensor | None
-    streams: dict[str, Tensor] | None
     streams_at: int
     partials: Mapping[int, Partial]
     published: bool
@@ -110,7 +107,7 @@ class RunReader:
             if resume == "must":
                 raise UserError(f"resume: {self.run_dir} holds no run to go on with; drop --resume must to begin one")
             self.check_blank()
-            return Progress([], None, None, 0, {}, published=False, finished=False, whole=True)
+            return Progress([], None, 0, {}, published=False, finished=False, whole=True)
         if resume == "never":
             raise UserError(f"resume: {self.run_dir} holds a run already; name a new run_dir, or drop --resume never")
         recorded, self.files = self._read_manifest()
@@ -229,6 +226,10 @@ class RunReader:
             raise ValueError("figures of other blocks")
         streams_at = max((_number(name) for name in whole if name.startswith("streams/")), default=0)
         streams_at = streams_at if streams_at <= blocks else 0
+        if streams_at:
+            with safe_open(self.run_dir / self._streams_name(streams_at), framework="pt") as streams:
+                if set(streams.keys()) != {"x_fp", "x_q", "prompt"}:
+                    raise ValueError("other streams")
         kept = scattered if independent else range(blocks)
         # Of a lost block on, all is made anew, as what follows was calibrated behind it; a finished model stays.
         keep = {CONFIG, TOKENS, self._streams_name(streams_at)} | (model if published else set())
@@ -240,7 +241,6 @@ class RunReader:
         return Progress(
             metrics=metrics,
             tokens_NT=load_file(self.run_dir / TOKENS)["calibration"] if TOKENS in keep else None,
-            streams=load_file(self.run_dir / self._streams_name(streams_at)) if streams_at else None,
             streams_at=streams_at,
             partials={index: partial for name in sorted(partials) for index, partial in self._partial(name)},
             published=published,
@@ -262,7 +262,7 @@ class RunReader:
         try:
             torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         except Exception as error:  # whatever a foreign file makes the library stumble over
-            log.warning(f"run_dir: {path} is no checkpoint that can be read ({_first_line(error)}); not used")
+            log.warning(f"run_dir: {path} is no checkpoint that can be read ({first_line(error)}); not used")
         else:
             yield index, Partial(index, attempt, path)
 
@@ -277,6 +277,10 @@ class RunReader:
     def read_block(self, index: int) -> dict[str, Tensor]:
         """Those tensors, by full name."""
         return load_file(self.block_file(index))
+
+    def read_streams(self, blocks: int) -> dict[str, Tensor]:
+        """Both streams and the prompt's hidden states behind the first `blocks` blocks."""
+        return load_file(self.run_dir / self._streams_name(blocks))
 
     def read_theta(self, index: int) -> dict[str, Tensor] | None:
         """What was learned in it, by name in the block; None if it kept its start, or Θ was not kept."""
@@ -299,10 +303,6 @@ class RunReader:
     def _streams_name(blocks: int) -> str:
         """Where the streams behind the first `blocks` blocks lie."""
         return f"streams/{blocks:05d}.safetensors"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def block_of(name: str) -> int:

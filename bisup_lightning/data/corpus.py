@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 
-from bisup_lightning.errors import UserError
+from bisup_lightning.errors import UserError, first_line
 
 NAMED = ("wikitext2", "c4", "c4_new", "self")
 SUFFIXES = (".txt", ".raw", ".jsonl", ".parquet")
@@ -79,7 +79,8 @@ def documents(source: str, split: str) -> list[str]:
 
 def _json_lines(path: Path) -> list[str]:
     texts = []
-    for number, line in enumerate(_read(path).splitlines(), start=1):
+    lines = _read(path).removesuffix("\n").split("\n")  # words may hold other characters that end lines
+    for number, line in enumerate(lines, start=1):
         try:
             text = json.loads(line)["text"]
         except (ValueError, KeyError, TypeError):
@@ -109,13 +110,15 @@ def _dataset(source: str, split: str) -> list[str]:
             rows = datasets.load_dataset("allenai/c4", data_files={"rows": file}, split="rows")
         else:
             rows = datasets.load_dataset("parquet", data_files=source, split="train")
-        return list(rows["text"])
+        texts = list(rows["text"])
     except KeyError as error:
         raise UserError(f"{source} has no column 'text'") from error
     except Exception as error:  # the library raises many kinds for an unreachable network
-        raise UserError(
-            f"{source}: can't be loaded ({str(error).splitlines()[0]}); give a local file instead"
-        ) from error
+        raise UserError(f"{source}: can't be loaded ({first_line(error)}); give a local file instead") from error
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise UserError(f"{source}: row {number} has no words in its column 'text'")
+    return texts
 
 
 def tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:

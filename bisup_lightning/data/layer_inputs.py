@@ -75,10 +75,13 @@ class LayerInputs:
         self.micro_batch = -(-self.micro_batch // 2)
         torch.cuda.empty_cache()
 
-    def _for_each(self, step: Callable[..., None], *streams: Tensor) -> None:
+    def _for_each(self, step: Callable[..., None], *streams: Tensor, by_halves: bool = True) -> None:
         """Take a step for every micro-batch, given its place and its part of each stream on the device.
 
         One that does not fit is taken again, in halves if nothing else helps.
+
+        Raises:
+            OutOfMemoryError: Where halves are not wanted.
         """
         start, end = 0, len(streams[0])
         while start < end:
@@ -89,8 +92,11 @@ class LayerInputs:
                     step(batch, *part)
                     start = batch.stop
             except torch.OutOfMemoryError as error:
-                if not self.let_go():
-                    self.halve(error)
+                if self.let_go():
+                    continue
+                if not by_halves:
+                    raise
+                self.halve(error)
 
     @torch.no_grad()
     def advance_fp(self, run: Run) -> None:
@@ -121,8 +127,16 @@ class LayerInputs:
         return self._mean(squares) * len(x_NTD) / count
 
     @torch.no_grad()
-    def outputs_q(self, run: Run) -> tuple[Tensor, Tensor]:
-        """What a quantized block makes of x_q, [N, T, D], and its mean square distance to the target (eq. 8)."""
+    def outputs_q(self, run: Run, by_halves: bool = True) -> tuple[Tensor, Tensor]:
+        """What a quantized block makes of x_q, [N, T, D], and its mean square distance to the target (eq. 8).
+
+        Args:
+            run: The block.
+            by_halves: Whether to go on with fewer sequences at a time where the device is too small.
+
+        Raises:
+            OutOfMemoryError: If it is, and not.
+        """
         outputs = self.home.empty_like(self.q)
         squares = torch.zeros((), dtype=torch.float64, device=self.device)
 
@@ -131,7 +145,7 @@ class LayerInputs:
             squares.add_(squared_error(y_BTD, target_BTD))
             outputs[batch] = y_BTD.to(outputs)
 
-        self._for_each(step, self.q, self.fp)
+        self._for_each(step, self.q, self.fp, by_halves=by_halves)
         return outputs, self._mean(squares)
 
     @torch.no_grad()

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from bisup_lightning.errors import first_line
+
 
 class PeerLost(RuntimeError):
     """Another process ended while this one waited for it."""
@@ -48,14 +50,17 @@ class Share:
         """All rows, of all members, on the host of the first of them; None to the others."""
         if self.members == 1:
             return x_NT
-        parts = [torch.empty_like(x_NT) for _ in range(self.members)] if self.member == 0 else None
-        with waiting_for_peers():
-            dist.gather(x_NT.contiguous(), parts, group=self.group, group_dst=0)
-        if parts is None:
-            return None
-        count = batch_size // self.members
-        by_lane = torch.stack([part.cpu().unflatten(0, (-1, count)) for part in parts], dim=1)  # [N / B, members, …]
-        return by_lane.flatten(0, 2)
+        whole_NT: Tensor | None = None
+        if self.member == 0:
+            whole_NT = torch.empty(len(x_NT) * self.members, *x_NT.shape[1:], dtype=x_NT.dtype)
+        # Batch by batch: the first one's device may have no room for what all hold together.
+        for batch, x_BT in enumerate(x_NT.split(batch_size // self.members)):
+            parts = None if whole_NT is None else [torch.empty_like(x_BT) for _ in range(self.members)]
+            with waiting_for_peers():
+                dist.gather(x_BT.contiguous(), parts, group=self.group, group_dst=0)
+            if whole_NT is not None and parts is not None:
+                whole_NT[batch * batch_size : (batch + 1) * batch_size] = torch.cat(parts)
+        return whole_NT
 
     def agree(self, opinion: bool, device: torch.device) -> bool:
         """What the first member thinks."""
@@ -101,4 +106,4 @@ def waiting_for_peers() -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        raise PeerLost(str(error).splitlines()[0]) from error
+        raise PeerLost(first_line(error)) from error

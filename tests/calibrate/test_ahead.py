@@ -10,6 +10,7 @@ import pytest
 import torch
 from jsonargparse import Namespace
 
+from bisup_lightning.calibrate import solvers
 from bisup_lightning.calibrate.block_calibration import BlockCalibration
 from bisup_lightning.calibrate.block_reader import BlockReader
 from bisup_lightning.calibrate.driver import BlockWalk
@@ -19,6 +20,7 @@ from bisup_lightning.calibrate.measure import read_results
 from bisup_lightning.calibrate.strategy import BlockFitLoop
 from bisup_lightning.cli import trainer_factory
 from bisup_lightning.data.layer_inputs import LayerInputs
+from bisup_lightning.errors import UserError
 from bisup_lightning.model.blockwise import BlockwiseModel
 from tests.tools import Poison, Watch, contents, timeless, with_callback
 
@@ -63,8 +65,8 @@ def test_work_done_ahead_changes_no_byte(fit, checkpoint, monkeypatch, tmp_path,
 def test_nothing_of_a_training_that_diverged_is_passed_on(fit, checkpoint, monkeypatch, tmp_path):
     passed, outputs_q = [], LayerInputs.outputs_q
 
-    def computed(self, run):
-        outputs, loss = outputs_q(self, run)
+    def computed(self, *arguments):
+        outputs, loss = outputs_q(self, *arguments)
         passed.append(loss.item())
         return outputs, loss
 
@@ -84,19 +86,24 @@ class Trained(WalkCallback):
         self.modules.append(pl_module)
 
 
-def test_what_does_not_fit_beside_a_training_has_its_turn_behind_it(fit, checkpoint, monkeypatch, tmp_path):
-    expected = fit(checkpoint, tmp_path / "expected", "--solver.epochs=1")
-    outputs_q = LayerInputs.outputs_q
+@pytest.mark.parametrize("memory", ["auto", "low"])  # several sequences at a time, or one
+def test_what_does_not_fit_beside_a_training_has_its_turn_behind_it(fit, checkpoint, monkeypatch, tmp_path, memory):
+    """And in whole batches, as everything before."""
+    settings = ("--solver.epochs=1", f"--memory={memory}")
+    expected = fit(checkpoint, tmp_path / "expected", *settings)
+    failures, run_layer_fast = [], solvers.run_layer_fast
     Trained.modules.clear()
 
-    def scarce(self, run):
+    def scarce(layer, hidden_BTD, *more):
         if Trained.modules and Trained.modules[-1].when_fused is not None:  # it is not released yet
+            failures.append(len(Trained.modules))
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return outputs_q(self, run)
+        return run_layer_fast(layer, hidden_BTD, *more)
 
-    monkeypatch.setattr(LayerInputs, "outputs_q", scarce)
-    run = fit(checkpoint, tmp_path / "run", "--solver.epochs=1", with_callback(Trained))
-    assert len(Trained.modules) == BLOCKS
+    monkeypatch.setattr(solvers, "run_layer_fast", scarce)
+    run = fit(checkpoint, tmp_path / "run", *settings, with_callback(Trained))
+    assert failures == [1, 2, 3]
+    assert timeless(run) == timeless(expected)
     assert contents(run / "model") == contents(expected / "model")
 
 
@@ -108,9 +115,9 @@ def test_the_fused_block_is_computing_before_loggers_hear_of_the_last_epoch(fit,
         happened.append("told")
         tell(self, *arguments)
 
-    def computed(self, run):
+    def computed(self, *arguments):
         happened.append("computed")
-        return outputs_q(self, run)
+        return outputs_q(self, *arguments)
 
     def prepared(self, index):
         happened.append("prepared")
@@ -157,6 +164,48 @@ def test_blocks_are_read_by_one_thread(checkpoint):
     finally:
         torch.set_num_threads(before)
         reader.close()
+
+
+@pytest.fixture
+def scarce_reader(checkpoint, monkeypatch):
+    """`scarce_reader(failures)`: a reader of blocks that runs out of memory so often, and what it let go of."""
+
+    def make(failures):
+        let_go, read = [], BlockReader.read
+
+        def failing(self, index, stream):
+            nonlocal failures
+            if failures:
+                failures -= 1
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(self, "_stream", None)
+                return read(self, index)
+
+        monkeypatch.setattr(BlockReader, "_read", failing)
+        reader = BlockReader(BlockwiseModel(checkpoint, torch.device("cpu")), lambda: let_go.append(True))
+        reader._stream = object()  # as with a GPU
+        return reader, let_go
+
+    return make
+
+
+def test_a_block_that_did_not_fit_beside_a_training_is_read_again(scarce_reader, checkpoint):
+    reader, let_go = scarce_reader(1)
+    reader.read_ahead(1)
+    _, tensors = reader.read(1)
+    expected = BlockwiseModel(checkpoint, torch.device("cpu")).layer_tensors(1)
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+    assert let_go == [True]
+    reader.close()
+
+
+def test_a_device_without_room_for_a_block_is_one_line(scarce_reader):
+    reader, _ = scarce_reader(2)
+    with pytest.raises(UserError, match="streams: the device has no room for block 0"):
+        reader.read(0)
+    reader.close()
 
 
 def test_a_trainers_loop_keeps_the_trainers_limits():

@@ -100,13 +100,20 @@ def test_training_that_runs_out_begins_again_in_halves(small_device, checkpoint,
         assert two["loss_final"] == pytest.approx(one["loss_final"], rel=0.02)
 
 
-def test_a_resumed_run_knows_what_fits(small_device, cut_off_and_resumed, checkpoint, fit_arguments, tmp_path):
+@pytest.mark.parametrize("saved", [(), (EAGER,)], ids=["from the text", "from streams"])
+def test_a_resumed_run_knows_what_fitted(small_device, checkpoint, fit_arguments, tmp_path, monkeypatch, saved):
     """And ends in the bytes of one that was not interrupted, though a batch's sums have another order."""
     small_device(2)
-    settings = (BISUP, "--solver.epochs=2", EAGER, with_callback(Interrupt))
+    settings = (BISUP, "--solver.epochs=2", *saved, with_callback(Interrupt))
     command = fit_arguments(checkpoint, tmp_path / "cut", *settings)
     assert main(fit_arguments(checkpoint, tmp_path / "whole", *settings)) == 0
-    cut_off_and_resumed(command)
+    with monkeypatch.context() as patch:
+        patch.setattr(Interrupt, "at", ("on_block_start", 1))
+        with pytest.raises(Interrupted):
+            main(command)
+    small_device(4)  # would have room for whole batches now
+    assert main(command) == 0
+    assert [block["micro_batch"] for block in results_of(tmp_path / "cut")] == [2, 2]
     assert contents(tmp_path / "cut" / "model") == contents(tmp_path / "whole" / "model")
 
 

@@ -1,5 +1,6 @@
 """A signal that asks a run to end is obeyed at a moment that loses nothing, and leaves the exit code that it should."""
 
+import csv
 import os
 import signal
 
@@ -90,11 +91,14 @@ def test_inside_training_the_next_step_is_the_last_and_is_saved(
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
 @pytest.mark.parametrize("place", ["on_train_end:0", "on_block_end:0", "on_block_start:1"])
 def test_behind_training_the_block_is_finished_and_saved(monkeypatch, capsys, command, run, whole, name, code, place):
+    command = [*command, "--trainer.logger=true"]
     assert interrupted(monkeypatch, capsys, command, place, name) == code
     assert blocks_of(run) == ["00000"]
     Watch.fresh()
     assert main(command) == 0
     assert [result.index for result in Watch.results] == [1]
+    with (run / "logs" / "blocks.csv").open(encoding="utf-8", newline="") as file:
+        assert [row["index"] for row in csv.DictReader(file)] == ["0", "1"]  # every callback heard of both
     assert contents(run / "model") == whole
 
 

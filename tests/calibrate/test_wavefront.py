@@ -208,8 +208,8 @@ def test_no_block_is_read_ahead_behind_those_that_are_wanted(command, tmp_path, 
     class ReadsAhead(BlockReader):
         """As on a GPU."""
 
-        def __init__(self, model):
-            super().__init__(model)
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
             self._stream = "a stream"
 
         def _read(self, index, stream):

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shutil
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -11,9 +12,11 @@ import torch
 from lightning.pytorch import Callback
 from rich.console import Console
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from bisup_lightning.calibrate.events import WalkCallback
 from bisup_lightning.calibrate.parallel import Ranks
+from bisup_lightning.cli import main
 from bisup_lightning.data.share import WHOLE
 from bisup_lightning.model.block import is_fused
 from callbacks.bf16 import BF16
@@ -117,6 +120,17 @@ def test_events_of_a_walk_that_goes_on(checkpoint, fit, tmp_path, monkeypatch):
     Count.events.clear()
     fit(checkpoint, tmp_path / "run", *command)
     assert Count.events == []
+
+
+def test_a_walk_that_can_not_begin_ends(make_checkpoint, fit_arguments, tmp_path):
+    """Whoever has opened something closes it."""
+    folder = shutil.copytree(make_checkpoint(), tmp_path / "checkpoint")
+    [weights] = folder.glob("*.safetensors")
+    tensors = load_file(weights)
+    tensors["model.embed_tokens.weight"][:] = torch.inf
+    save_file(tensors, weights, {"format": "pt"})
+    assert main(fit_arguments(folder, tmp_path / "run", RTN, with_callback(Count))) == 2
+    assert Count.events == ["on_walk_start", "on_walk_end"]
 
 
 def test_an_error_in_training_reaches_on_exception(checkpoint, fit, tmp_path, monkeypatch):

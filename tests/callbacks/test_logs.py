@@ -11,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from bisup_lightning.calibrate import epoch_log
 from bisup_lightning.calibrate.events import WalkCallback
 from bisup_lightning.model.block import theta_by_kind
+from callbacks.block_log import _append
 from tests.tools import BISUP, RTN, with_callback
 
 EPOCHS = 2
@@ -83,6 +84,18 @@ def test_loggers_that_are_an_epoch_behind_hear_everything(checkpoint, fit, tmp_p
         assert [row.keys() for row in late] == [row.keys() for row in prompt]
         for name in ("epoch", "step", "loss", "learning_rate/clip"):
             assert [row[name] for row in late] == [row[name] for row in prompt]
+
+
+def test_a_block_with_other_phases_stands_under_the_same_columns(checkpoint, fit, tmp_path):
+    """As where one process ends what several have begun, or the other way round."""
+    path = fit(checkpoint, tmp_path / "run", BISUP, "--solver.epochs=1", "--trainer.logger=true") / "logs/blocks.csv"
+    before = rows(path)
+    figures = before[0] | {"index": 2.0, "seconds/wait": 7.0}
+    del figures["seconds/read"]
+    _append(path, figures)
+    *others, last = rows(path)
+    assert others == before
+    assert last == {name: figures[name] for name in before[0] if name != "seconds/read"}
 
 
 def test_training_that_ends_within_an_epoch_is_logged(checkpoint, fit, tmp_path):

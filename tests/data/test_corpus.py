@@ -20,6 +20,7 @@ from bisup_lightning.errors import UserError
 from tests.inputs import DEMO
 
 CPU = torch.device("cpu")
+SEPARATORS = "one\u2028two\u2029three\x85four\x0bfive\x1csix\r"  # lines end here for Python, not for JSON
 ROWS = ["", " = A title =\n", "", " First paragraph of words .\n", " Second paragraph , with “quotes” .\n", ""] * 40
 
 
@@ -108,6 +109,22 @@ def test_files_of_every_kind_give_the_same_tokens(tokenizer, tmp_path, suffix):
     ids = torch.tensor(tokenizer("\n\n".join(ROWS))["input_ids"])
     drawn = calibration_tokens(CalibrationData(str(path), 6, 40), tokenizer, 0)
     assert all(starts(ids, drawn))
+
+
+def test_words_may_hold_any_separator_of_lines(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [SEPARATORS, "more"]
+    text = "\n".join(json.dumps({"text": row}, ensure_ascii=False) for row in rows)
+    for end in ("", "\n", "\r\n"):
+        path.write_bytes((text.replace("\n", "\r\n" if "\r" in end else "\n") + end).encode())
+        assert documents(str(path), "train") == rows
+
+
+@pytest.mark.parametrize(("rows", "first"), [(["words", None], 1), ([1, 2], 0), ([["words"], ["more"]], 0)])
+def test_rows_without_words_are_named(tmp_path, rows, first):
+    path = write(tmp_path, ".parquet", rows)
+    with pytest.raises(UserError, match=f"rows.parquet: row {first} has no words"):
+        documents(str(path), "train")
 
 
 def test_wikitext_is_calibrated_on_its_training_split(tokenizer, named):

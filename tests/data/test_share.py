@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -50,8 +51,10 @@ def messages(rank, world):
     share.sum_(sums)
     largest = [torch.tensor([float(rank), -float(rank)])]
     share.max_(largest)
-    whole = streams(4 * world)
+    whole, sent, gather = streams(4 * world), [], dist.gather
+    dist.gather = lambda x, *more, **settings: sent.append(len(x)) or gather(x, *more, **settings)
     gathered = share.gather(share.of(whole, 2 * world), 2 * world)
+    assert sent == [2, 2]  # in parts, one for each batch
     votes = [share.agree(rank == leader, CPU) for leader in (0, 1)]
     inputs = LayerInputs(share.of(whole, 2 * world), share.of(whole + 1, 2 * world), CPU, 1, share=share)
     figures = inputs.mean_square_target(), inputs.loss_q(lambda x_BTD: x_BTD), inputs.num_tokens
