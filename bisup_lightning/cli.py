@@ -30,7 +30,7 @@ from bisup_lightning.calibrate.events import WalkCallback
 from bisup_lightning.calibrate.fit import fit
 from bisup_lightning.calibrate.job import Job
 from bisup_lightning.calibrate.launch import launch
-from bisup_lightning.calibrate.measure import evaluate_checkpoint, evaluate_run, read_results
+from bisup_lightning.calibrate.measure import evaluate_checkpoint, evaluate_run, published_model, read_results
 from bisup_lightning.calibrate.merge import merge
 from bisup_lightning.calibrate.parallel import Ranks, environment, join
 from bisup_lightning.calibrate.run_reader import CONFIG
@@ -41,6 +41,7 @@ from bisup_lightning.data.prompt import Prompt
 from bisup_lightning.data.share import PeerLost
 from bisup_lightning.errors import UserError
 from bisup_lightning.evaluate.perplexity import Evaluation
+from bisup_lightning.files import write_json
 from bisup_lightning.hub.audit import AuditError
 from bisup_lightning.hub.generate import complete
 from bisup_lightning.parsers import build_parser, fit_parser
@@ -165,6 +166,8 @@ def make_job(parser: LightningArgumentParser, config: Namespace, signals: Signal
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=config.trainer.deterministic == "warn")
     settle_inputs(config)
+    if Path(config.checkpoint).is_dir():
+        config.checkpoint = str(Path(config.checkpoint).absolute())  # for whoever measures the run from elsewhere
     try:
         objects = parser.instantiate(config)
     except ValueError as error:  # a value that its class refuses
@@ -223,7 +226,8 @@ def run(arguments: Sequence[str], signals: Signals) -> int:
     """
     parser = build_parser()
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
-    config = parser.parse_args(trust(arguments))
+    trusting = trust(arguments)
+    config = parser.parse_args(trusting)
     command, options = config.subcommand, config[config.subcommand]
     if command == "fit":
         check_values(options)
@@ -248,18 +252,21 @@ def run(arguments: Sequence[str], signals: Signals) -> int:
         job = replace(recorded_job(options.runs[0], signals), run_dir=options.run_dir)
         print_run(console, options.run_dir, merge(options.runs, job))
     elif command == "test":
-        print_scores(console, test(options, signals))
+        scores = test(options, parser.parse_args(trusting, defaults=False)[command], signals)
+        print_scores(console, scores)
+        if options.output is not None:
+            write_json(options.output, scores)
     elif command == "predict":
         device = device_for(options.accelerator)
         if options.max_new_tokens < 1 or options.temperature < 0:
             raise UserError("predict: max_new_tokens must be at least 1, and temperature 0 or more")
-        read_results(options.run_dir)
-        folder = options.run_dir / "model"
+        folder = published_model(options.run_dir)
         console.print(complete(folder, options.text, options.max_new_tokens, options.temperature, device), markup=False)
     elif command == "analyze":
         if options.chunks < 1:
             raise UserError(f"analyze: chunks must be at least 1, not {options.chunks}")
-        analyze_run(finished_job(options.run_dir, options.accelerator, signals), options.chunks)
+        read_results(options.run_dir)  # which the report shows beside the errors
+        analyze_run(published_job(options.run_dir, options.accelerator, signals), options.chunks)
         console.print(f"report: {write_report(options.run_dir)}")
     elif command == "report":
         console.print(f"report: {write_report(options.run_dir)}")
@@ -297,13 +304,13 @@ def print_scores(console: Console, results: Mapping[str, Any]) -> None:
         console.print(zero_shot_table(results))
 
 
-def finished_job(run_dir: Path, accelerator: str, signals: Signals) -> Job:
-    """What a finished run was asked for.
+def published_job(run_dir: Path, accelerator: str, signals: Signals) -> Job:
+    """What a run that has published its model was asked for.
 
     Raises:
-        UserError: If it is not finished.
+        UserError: If it has not.
     """
-    read_results(run_dir)
+    published_model(run_dir)
     return recorded_job(run_dir, signals, accelerator)
 
 
@@ -325,19 +332,37 @@ def recorded_job(run_dir: Path, signals: Signals, accelerator: str | None = None
     return make_job(parser, config, signals)
 
 
-def test(options: Namespace, signals: Signals) -> dict[str, Any]:
-    """Perplexity and zero-shot figures of a run or a checkpoint."""
+def test(options: Namespace, given: Namespace, signals: Signals) -> dict[str, Any]:
+    """Perplexity and zero-shot figures of a run or a checkpoint.
+
+    Args:
+        options: All of them.
+        given: Those that the user gave; the others are a run's own.
+        signals: What may ask to end.
+
+    Raises:
+        UserError: If something that the user gave can't be used.
+    """
+    if (options.run_dir is None) == (options.checkpoint is None):
+        raise UserError("test: give either --run_dir or --checkpoint")
+    if options.output is not None and not options.output.parent.is_dir():
+        raise UserError(f"output: there is no folder {options.output.parent}")
     try:
         evaluation, prompt = Evaluation(**vars(options.evaluation)), Prompt(**vars(options.prompt))
     except ValueError as error:
         raise UserError(str(error)) from error
-    if (options.run_dir is None) == (options.checkpoint is None):
-        raise UserError("test: give either --run_dir or --checkpoint")
-    device = device_for(options.accelerator)
     if options.checkpoint is not None:
-        return evaluate_checkpoint(options.checkpoint, evaluation, prompt, options.seed, device)
-    job = finished_job(options.run_dir, options.accelerator, signals)
-    return evaluate_run(replace(job, evaluation=evaluation) if evaluation.perplexity or evaluation.zero_shot else job)
+        return evaluate_checkpoint(
+            options.checkpoint, evaluation, prompt, options.seed, device_for(options.accelerator)
+        )
+    for key in ("prompt", "seed"):
+        if key in given:
+            raise UserError(f"test: {key} is a run's own; leave it out, or measure with --checkpoint")
+    job = published_job(options.run_dir, options.accelerator, signals)
+    chosen = vars(given.get("evaluation", Namespace()))
+    if chosen.keys() & {"perplexity", "zero_shot"}:  # in place of all that the run measured
+        chosen = {"perplexity": (), "zero_shot": ()} | chosen
+    return evaluate_run(replace(job, evaluation=replace(job.evaluation, **chosen)))
 
 
 def quieten() -> None:

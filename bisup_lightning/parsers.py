@@ -91,16 +91,17 @@ def build_parser() -> LightningArgumentParser:
     """All subcommands."""
     parser = new_parser("Bring a Llama- or Qwen-family checkpoint to 3- or 4-bit weights, activations and KV cache.")
     test = new_parser("Measure a run again, or any checkpoint.")
-    test.add_argument("--run_dir", type=Path | None, default=None, help="A finished run.")
+    test.add_argument("--run_dir", type=Path | None, default=None, help="A run that has published its model.")
     test.add_argument("--checkpoint", type=str | None, default=None, help="Or a checkpoint: folder or hub id.")
     test.add_class_arguments(Prompt, "prompt", help="Prompt for a checkpoint; a run has its own.")
     test.add_class_arguments(
-        Evaluation, "evaluation", help="Replaces the run's own if perplexity or zero_shot is given."
+        Evaluation, "evaluation", help="What is not given is the run's own; given sets or tasks replace all of its own."
     )
+    test.add_argument("--output", type=Path | None, default=None, help="JSON file for the figures, in all digits.")
     test.add_argument("--seed", type=int, default=0, help="Seed of self-generated text for a checkpoint.")
     test.add_argument("--accelerator", type=str, default="auto", help="cpu, cuda or auto.")
     predict = new_parser("Complete a text with a quantized model, behind its exact prompt.")
-    predict.add_argument("--run_dir", type=Path, required=True, help="A finished run.")
+    predict.add_argument("--run_dir", type=Path, required=True, help="A run that has published its model.")
     predict.add_argument("--text", type=str, required=True, help="What to complete.")
     predict.add_argument("--max_new_tokens", type=int, default=64, help="Most tokens to add.")
     predict.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token each time.")

@@ -425,6 +425,17 @@ def test_a_run_of_another_configuration_names_old_and_new(refused, finished, arg
     assert traces(run) == before
 
 
+def test_a_dry_run_refuses_what_a_run_would(refused, finished, fit_arguments, checkpoint, tmp_path):
+    run, command = finished
+    refused([*command, "--dry_run", "--seed=1"], "run_dir", str(run), "seed: 0 → 1")
+    short = tmp_path / "short.txt"
+    short.write_text("the " * 10)
+    for key, value in (("data.calibration", str(short)), ("evaluation.perplexity", f"[{short}]")):
+        words = fit_arguments(checkpoint, tmp_path / "never", f"--{key}={value}", "--dry_run")
+        refused(words, key, str(short), "tokens")
+    assert not (tmp_path / "never").exists()
+
+
 def test_a_damaged_manifest(refused, finished, tmp_path):
     run, command = finished
     copy = shutil.copytree(run, tmp_path / "copy")

@@ -4,9 +4,9 @@ from typing import Any
 
 from torch import Tensor
 
-from bisup_lightning.calibrate.fit import calibration_tokens
 from bisup_lightning.calibrate.job import Job
-from bisup_lightning.calibrate.measure import evaluation_sets, open_checkpoint
+from bisup_lightning.calibrate.measure import evaluation_sets, open_original
+from bisup_lightning.calibrate.run_reader import RunReader
 from bisup_lightning.evaluate.errors import attention_maps, hidden_errors
 from bisup_lightning.files import write_json
 from bisup_lightning.hub.load import open_quantized
@@ -23,16 +23,19 @@ def analyze_run(job: Job, chunks: int) -> dict[str, Any]:
     block at each token, with the prompt exact and quantized. Attention maps of the first, a middle and the last block.
 
     Args:
-        job: A finished run.
+        job: A run that has published its model.
         chunks: Most sequences of each text.
+
+    Raises:
+        UserError: If its checkpoint is another by now.
     """
-    plain, tokenizer = open_checkpoint(job.checkpoint, job.device)
+    plain, tokenizer = open_original(job)
     folder = plain.checkpoint.folder
     transformed = job.transform.checkpoint(plain.checkpoint, plain.family, job.device)
     fp = BlockwiseModel(folder, job.device, plain.dtype, checkpoint=transformed)
     quantized = open_quantized(job.run_dir / "model", job.device)
     prompt = job.prompt.ids(tokenizer, plain.family.config)
-    sets = {"calibration": calibration_tokens(job, folder, tokenizer)}
+    sets = {"calibration": RunReader(job.run_dir).read_tokens()}
     sets |= evaluation_sets(job.evaluation, job.data.seq_len, job.seed, plain, tokenizer)
     sets = {name: ids_NT[:chunks] for name, ids_NT in sets.items()}
     name, ids_NT = list(sets.items())[-1]

@@ -2,21 +2,24 @@
 
 import resource
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from bisup_lightning.calibrate.budget import GIB, Budget, check_room, compute_dtype, free_disk_bytes
 from bisup_lightning.calibrate.driver import BlockWalk
-from bisup_lightning.calibrate.fit import transform
+from bisup_lightning.calibrate.fit import calibration_tokens, transform
 from bisup_lightning.calibrate.job import Job, check, compiles, fingerprint
-from bisup_lightning.calibrate.measure import open_checkpoint
+from bisup_lightning.calibrate.measure import check_vocabulary, evaluation_sets, open_checkpoint
 from bisup_lightning.calibrate.run_store import RunStore
 from bisup_lightning.calibrate.strategy import OneOfManyBlocks
 from bisup_lightning.data.streams import free_host_bytes
+from bisup_lightning.evaluate.zero_shot import fetch_tasks
+from bisup_lightning.model.blockwise import BlockwiseModel
 
 
 @dataclass(frozen=True)
@@ -71,8 +74,8 @@ def dry_run(job: Job) -> Forecast:
     prompt_ids = job.prompt.ids(tokenizer, plain.family.config)
     scheme = job.transform.scheme(job.precision)
     check(job, plain, scheme)
-    if job.solver.theta_from is not None:
-        fingerprint(job, plain)  # refuses what it can't go on from
+    RunStore(job.run_dir).open(fingerprint(job, plain), job.resume, job.independent)  # refuses what `fit` would
+    check_texts(job, plain, tokenizer)
     budget = Budget.of(job, plain, scheme)
     check_room(budget, job.device, job.run_dir)
     model = transform(job, plain, None)
@@ -109,6 +112,19 @@ def dry_run(job: Job) -> Forecast:
         device=device + rest * (budget.place == "device"),
         host=host + rest * (budget.place == "host"),
     )
+
+
+def check_texts(job: Job, plain: BlockwiseModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Read all text but what the model would have to write itself.
+
+    Raises:
+        UserError: If some can't be had, or is too short.
+    """
+    sources = [source for source in job.evaluation.perplexity if source != "self"]
+    evaluation_sets(replace(job.evaluation, perplexity=sources), job.data.seq_len, job.seed, plain, tokenizer)
+    fetch_tasks(job.evaluation.zero_shot)
+    if job.data.calibration != "self":
+        check_vocabulary(calibration_tokens(job, plain.checkpoint.folder, tokenizer), plain)
 
 
 def calibrate(walk: BlockWalk, tokens_NT: Tensor) -> Mapping[str, float]:

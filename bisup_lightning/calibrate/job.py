@@ -168,16 +168,20 @@ def compiles(job: Job, plain: BlockwiseModel) -> bool:
 
 def fingerprint(job: Job, fp: BlockwiseModel) -> dict[str, Any]:
     """All that the result depends on: settings, model files, text files, code version, device type."""
-    entries = dict(job.settings)
-    folder = fp.checkpoint.folder
-    tokenizer = (path for pattern in TOKENIZER_FILES for path in sorted(folder.glob(pattern)))
-    for path in [folder / "config.json", *tokenizer, *fp.checkpoint.shards]:
-        entries[f"checkpoint/{path.name}"] = sha256(path)
+    entries = {**job.settings, **checkpoint_digests(fp)}
     for source in {job.data.calibration, *job.evaluation.perplexity, *job.evaluation.zero_shot}:
         if Path(source).is_file():
             entries[f"text/{source}"] = sha256(Path(source))
     entries |= {"bisup_lightning": bisup_lightning.__version__, "device": job.device.type}
     return entries | (theta_to_start_from(job.solver.theta_from, entries) if job.solver.theta_from else {})
+
+
+def checkpoint_digests(fp: BlockwiseModel) -> dict[str, str]:
+    """Entries of a fingerprint for the files of the checkpoint."""
+    folder = fp.checkpoint.folder
+    tokenizer = (path for pattern in TOKENIZER_FILES for path in sorted(folder.glob(pattern)))
+    paths = [folder / "config.json", *tokenizer, *fp.checkpoint.shards]
+    return {f"checkpoint/{path.name}": sha256(path) for path in paths}
 
 
 def theta_to_start_from(run: Path, entries: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from bisup_lightning.calibrate.job import Job
+from bisup_lightning.calibrate.job import Job, checkpoint_digests
 from bisup_lightning.calibrate.run_store import RunStore
 from bisup_lightning.data import corpus
 from bisup_lightning.data.prompt import Prompt
@@ -85,11 +85,43 @@ def read_results(run_dir: Path) -> dict[str, Any]:
     return store.results()
 
 
+def published_model(run_dir: Path) -> Path:
+    """The model of a run that has published it, measured or not.
+
+    Raises:
+        UserError: If there is none, or the run is damaged.
+    """
+    store = RunStore(run_dir)
+    store.open_published()
+    store.check_whole()
+    return run_dir / "model"
+
+
+def open_original(job: Job) -> tuple[BlockwiseModel, PreTrainedTokenizerBase]:
+    """As `open_checkpoint`, of what a run was made of.
+
+    Raises:
+        UserError: If that is another by now.
+    """
+    fp, tokenizer = open_checkpoint(job.checkpoint, job.device)
+    store = RunStore(job.run_dir)
+    store.open_published()
+    for name, digest in checkpoint_digests(fp).items():
+        if store.fingerprint.get(name) != digest:
+            path = fp.checkpoint.folder / Path(name).name
+            raise UserError(f"checkpoint: {path} is not what {job.run_dir} was made of; put that back, or run fit anew")
+    return fp, tokenizer
+
+
 def evaluate_run(job: Job) -> dict[str, Any]:
-    """Measure a finished run's model again, as `fit` did: `perplexity` and `zero_shot` of results.json."""
+    """Measure a run's model again, as `fit` did: `perplexity` and `zero_shot` of results.json.
+
+    Raises:
+        UserError: If its checkpoint is another by now, or something can't be measured.
+    """
     check_zero_shot(job.evaluation, job.device)
     fetch_tasks(job.evaluation.zero_shot)
-    fp, tokenizer = open_checkpoint(job.checkpoint, job.device)
+    fp, tokenizer = open_original(job)
     sets = evaluation_sets(job.evaluation, job.data.seq_len, job.seed, fp, tokenizer)
     model, prompt = job.run_dir / "model", job.prompt.ids(tokenizer, fp.family.config)
     quantized = open_quantized(model, job.device)

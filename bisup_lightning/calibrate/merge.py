@@ -9,6 +9,7 @@ from bisup_lightning.calibrate.fit import fit
 from bisup_lightning.calibrate.job import Job
 from bisup_lightning.calibrate.measure import open_checkpoint
 from bisup_lightning.calibrate.run_lock import RunLock
+from bisup_lightning.calibrate.run_reader import changes
 from bisup_lightning.calibrate.run_store import RunStore
 from bisup_lightning.errors import UserError
 
@@ -36,9 +37,10 @@ def merge(runs: Sequence[Path], job: Job) -> dict[str, Any] | None:
             raise UserError(
                 f"merge: the blocks of {run} depend on each other; run fit with --parallel.mode independent"
             )
-        if fingerprint and (keys := [key for key in fingerprint if fingerprint[key] != store.fingerprint.get(key)]):
+        fingerprint = fingerprint or store.fingerprint
+        if keys := changes(fingerprint, store.fingerprint)[0]:
             raise UserError(f"merge: {run} differs from {runs[0]} in {', '.join(keys)}; they do not belong together")
-        fingerprint, tokens_NT = store.fingerprint, progress.tokens_NT if tokens_NT is None else tokens_NT
+        tokens_NT = progress.tokens_NT if tokens_NT is None else tokens_NT
         source |= dict.fromkeys(progress.scattered, store)
     plain, _ = open_checkpoint(job.checkpoint, job.device)
     if missing := sorted(set(range(plain.num_layers)) - source.keys()):

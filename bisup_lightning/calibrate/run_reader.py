@@ -112,6 +112,8 @@ class RunReader:
             raise UserError(f"resume: {self.run_dir} holds a run already; name a new run_dir, or drop --resume never")
         recorded, self.files = self._read_manifest()
         self._refuse_difference(recorded, fingerprint)
+        if recorded != self.fingerprint:
+            self.files.pop(CONFIG, None)  # it says what was to be measured before
         self._take_over()
         return self._survey(independent)
 
@@ -140,6 +142,18 @@ class RunReader:
         if not (self.run_dir / RESULTS).is_file():
             raise UserError(f"{self.run_dir} holds no finished run (no {RESULTS}); run fit with this run_dir first")
         self.fingerprint, self.files = self._read_manifest()
+
+    def open_published(self) -> None:
+        """Open a run whose model is complete, measured or not, without a look at its files.
+
+        Raises:
+            UserError: If it is not.
+        """
+        if not (self.run_dir / MANIFEST).is_file():
+            raise UserError(f"{self.run_dir} holds no run (no {MANIFEST}); run fit with this run_dir first")
+        self.fingerprint, self.files = self._read_manifest()
+        if not any(name.startswith("model/") for name in self.files):
+            raise UserError(f"{self.run_dir} holds no finished run (no model); run fit again, which goes on")
 
     def check_whole(self, part: str = "", remedy: str = "run fit again, which mends it") -> None:
         """See that nothing is lost of a run, or of its files whose names end in `part`.
@@ -191,12 +205,15 @@ class RunReader:
         return fingerprint, files
 
     def _refuse_difference(self, recorded: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> None:
-        changed = [key for key in {**recorded, **fingerprint} if recorded.get(key) != fingerprint.get(key)]
+        """What is to be measured may be another as long as nothing is."""
+        changed, measured = changes(recorded, fingerprint)
+        remedy = "name another directory"
+        if (self.run_dir / RESULTS).is_file():
+            remedy = remedy if changed else f"main.py test measures what it made anew, or {remedy}"
+            changed += measured
         if changed:
             differences = "; ".join(f"{key}: {recorded.get(key)} → {fingerprint.get(key)}" for key in changed)
-            raise UserError(
-                f"run_dir: {self.run_dir} holds a run that differs in {differences}; name another directory"
-            )
+            raise UserError(f"run_dir: {self.run_dir} holds a run that differs in {differences}; {remedy}")
 
     def _survey(self, independent: bool) -> Progress:
         """What of the named files is whole, and how far that reaches. The rest is forgotten."""
@@ -240,7 +257,7 @@ class RunReader:
         self.files = {name: digest for name, digest in self.files.items() if name in keep}
         return Progress(
             metrics=metrics,
-            tokens_NT=load_file(self.run_dir / TOKENS)["calibration"] if TOKENS in keep else None,
+            tokens_NT=self.read_tokens() if TOKENS in keep else None,
             streams_at=streams_at,
             partials={index: partial for name in sorted(partials) for index, partial in self._partial(name)},
             published=published,
@@ -278,6 +295,10 @@ class RunReader:
         """Those tensors, by full name."""
         return load_file(self.block_file(index))
 
+    def read_tokens(self) -> Tensor:
+        """The calibration text, token ids [N, T]."""
+        return load_file(self.run_dir / TOKENS)["calibration"]
+
     def read_streams(self, blocks: int) -> dict[str, Tensor]:
         """Both streams and the prompt's hidden states behind the first `blocks` blocks."""
         return load_file(self.run_dir / self._streams_name(blocks))
@@ -303,6 +324,16 @@ class RunReader:
     def _streams_name(blocks: int) -> str:
         """Where the streams behind the first `blocks` blocks lie."""
         return f"streams/{blocks:05d}.safetensors"
+
+
+def changes(recorded: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Keys in which two fingerprints differ: those that the model depends on, and those of what is measured alone."""
+    text = f"text/{fingerprint.get('data.calibration')}"
+    parts: tuple[list[str], list[str]] = [], []
+    for key in {**recorded, **fingerprint}:
+        if recorded.get(key) != fingerprint.get(key):
+            parts[key.startswith("evaluation.") or (key.startswith("text/") and key != text)].append(key)
+    return parts
 
 
 def block_of(name: str) -> int:

@@ -6,7 +6,9 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 
+from bisup_lightning.calibrate import fit as calibrate_fit
 from bisup_lightning.cli import main
 from tests.faults import flip, truncate
 from tests.processes import Run
@@ -14,6 +16,7 @@ from tests.tools import (
     BISUP,
     EAGER,
     QUAROT,
+    RTN,
     CutOff,
     Interrupt,
     Interrupted,
@@ -209,6 +212,38 @@ def test_lost_results_are_measured_again(command, run, undisturbed):
     assert main(command) == 0
     assert contents(run / "blocks") == before
     assert_same_run(run, undisturbed)
+
+
+def test_what_is_measured_may_change_until_it_is(checkpoint, fit_arguments, tmp_path, monkeypatch, capsys):
+    """No block is lost to a mistake in it: a batch too large, a text that must be mended."""
+    text, run = tmp_path / "text.txt", tmp_path / "run"
+    text.write_text("One two three four. " * 100)
+    settings = (RTN, f"--evaluation.perplexity=[{text}]")
+
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(calibrate_fit, "evaluate", full)
+        assert main(fit_arguments(checkpoint, run, *settings, "--evaluation.batch_size=64")) == 2
+        assert "evaluation.batch_size" in capsys.readouterr().err
+        assert main(["predict", f"--run_dir={run}", "--text=One", "--max_new_tokens=2", "--accelerator=cpu"]) == 0
+    before = contents(run / "blocks") | contents(run / "model")
+    text.write_text("Five six seven eight. " * 100)
+    assert main(fit_arguments(checkpoint, run, *settings, "--evaluation.batch_size=2")) == 0
+    assert contents(run / "blocks") | contents(run / "model") == before
+    whole = tmp_path / "whole"
+    assert main(fit_arguments(checkpoint, whole, *settings, "--evaluation.batch_size=2")) == 0
+    assert timeless(run) == timeless(whole)
+    assert (run / "config.yaml").read_text() == (whole / "config.yaml").read_text().replace(str(whole), str(run))
+
+
+def test_what_was_measured_is_not_replaced(command, run, undisturbed, capsys):
+    shutil.copytree(undisturbed, run)
+    before = traces(run)
+    assert main([*command, "--evaluation.batch_size=2"]) == 2
+    assert "evaluation.batch_size: 8 → 2; main.py test measures what it made anew" in capsys.readouterr().err
+    assert traces(run) == before
 
 
 def test_a_finished_run_gets_back_what_others_need_of_it(command, run, undisturbed, capsys):

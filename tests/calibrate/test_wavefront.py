@@ -11,7 +11,7 @@ from bisup_lightning.calibrate import driver
 from bisup_lightning.calibrate.block_reader import BlockReader
 from bisup_lightning.calibrate.measure import evaluate_run
 from bisup_lightning.calibrate.signals import Signals
-from bisup_lightning.cli import finished_job, main
+from bisup_lightning.cli import main, published_job
 from tests.inputs import fit_command
 from tests.processes import finish, ranks, wait_for_all
 from tests.tools import BISUP, EAGER, GPTQ, contents, timeless
@@ -77,7 +77,7 @@ def test_what_was_measured_is_what_the_model_gives(wavefront):
     """The published model is the one that the stages fused: measured again by one process, to the digit."""
     run, _ = wavefront
     results = json.loads((run / "results.json").read_text(encoding="utf-8"))
-    assert evaluate_run(finished_job(run, "cpu", Signals()))["perplexity"] == results["perplexity"]
+    assert evaluate_run(published_job(run, "cpu", Signals()))["perplexity"] == results["perplexity"]
     assert sorted(path.name for path in run.glob("manifest*")) == ["manifest.json"]
     assert not (run / "partial").exists()
 
@@ -193,8 +193,9 @@ def test_independent_blocks_merge_to_the_run_of_one_process(command, tmp_path):
     finish(2, command(run, "--parallel.mode=independent"))
     assert contents(run / "model") == contents(one / "model")
     parts = [tmp_path / "a", tmp_path / "b"]
-    for part, blocks in zip(parts, ("0:2", "2:5"), strict=True):
-        assert main(command(part, "--parallel.mode=independent", f"--blocks={blocks}")) == 0
+    for part, blocks, chunks in zip(parts, ("0:2", "2:5"), (4, 3), strict=True):  # the first's are measured
+        measured = f"--evaluation.max_chunks={chunks}"
+        assert main(command(part, "--parallel.mode=independent", f"--blocks={blocks}", measured)) == 0
         assert not (part / "model").exists()
     merged = tmp_path / "merged"
     assert main(["--trust_classes_from=tests", "merge", *map(str, parts), f"--run_dir={merged}"]) == 0

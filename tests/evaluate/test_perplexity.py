@@ -2,14 +2,15 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torchmetrics.text import Perplexity
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bisup_lightning import cli
-from bisup_lightning.calibrate.signals import Signals
 from bisup_lightning.data.corpus import evaluation_tokens
 from bisup_lightning.evaluate.perplexity import evaluate
 from bisup_lightning.model.blockwise import BlockwiseModel
@@ -24,6 +25,13 @@ FAMILIES = {
     "qwen2": {"tie_word_embeddings": True},
     "qwen3": {"head_dim": 32},
 }
+
+
+def measure(folder, *arguments):
+    """Figures of a `test`."""
+    output = folder / "figures.json"
+    assert cli.main(["test", "--accelerator=cpu", f"--output={output}", *arguments]) == 0
+    return json.loads(output.read_text(encoding="utf-8"))
 
 
 def tokens(count=6, length=20, seed=0):
@@ -123,9 +131,8 @@ def test_ids_are_left_as_they_are(make_checkpoint):
 )
 def test_test_gives_the_numbers_of_the_run(make_checkpoint, fit, tmp_path, settings):
     run = fit(make_checkpoint(), tmp_path / "run", RTN, *settings)
-    options = cli.build_parser().parse_args(["test", f"--run_dir={run}", "--accelerator=cpu"]).test
     recorded = json.loads((run / "results.json").read_text(encoding="utf-8"))["perplexity"]
-    assert cli.test(options, Signals()) == {"perplexity": recorded, "zero_shot": {}}
+    assert measure(tmp_path, f"--run_dir={run}") == {"perplexity": recorded, "zero_shot": {}}
     (figures,) = recorded.values()
     assert figures.keys() == {"fp", "fp_prompt", "quantized", "kl", "top1", "word", "byte"}
     assert figures["kl"] > 0
@@ -145,9 +152,7 @@ def test_test_measures_other_sets_of_a_run(make_checkpoint, fit, tmp_path, text_
     run = fit(make_checkpoint(), tmp_path / "run", RTN)
     other = tmp_path / "other.txt"
     other.write_text(text_file.read_text()[5000:30000])
-    more = [f"--evaluation.perplexity=[{text_file},{other}]", "--evaluation.max_chunks=4"]
-    options = cli.build_parser().parse_args(["test", f"--run_dir={run}", "--accelerator=cpu", *more]).test
-    measured = cli.test(options, Signals())["perplexity"]
+    measured = measure(tmp_path, f"--run_dir={run}", f"--evaluation.perplexity=[{text_file},{other}]")["perplexity"]
     recorded = json.loads((run / "results.json").read_text(encoding="utf-8"))["perplexity"]
     assert list(measured) == [text_file.name, other.name]
     assert measured[text_file.name] == recorded[text_file.name]
@@ -157,15 +162,66 @@ def test_test_measures_other_sets_of_a_run(make_checkpoint, fit, tmp_path, text_
 def test_test_of_a_checkpoint_is_that_of_the_run_over_it(make_checkpoint, fit, tmp_path, text_file):
     folder = make_checkpoint()
     run = fit(folder, tmp_path / "run", RTN)
-    arguments = [
-        "test", f"--checkpoint={folder}", f"--evaluation.perplexity=[{text_file}]", "--evaluation.max_chunks=4",
-        "--evaluation.seq_len=32", "--accelerator=cpu",
-    ]  # fmt: skip
-    measured = cli.test(cli.build_parser().parse_args(arguments).test, Signals())["perplexity"][text_file.name]
+    arguments = f"--evaluation.perplexity=[{text_file}]", "--evaluation.max_chunks=4", "--evaluation.seq_len=32"
+    measured = measure(tmp_path, f"--checkpoint={folder}", *arguments)["perplexity"][text_file.name]
     recorded = json.loads((run / "results.json").read_text(encoding="utf-8"))["perplexity"][text_file.name]
     assert measured == {name: recorded[name] for name in ("fp", "fp_prompt")} | {
         unit: {name: recorded[unit][name] for name in ("fp", "fp_prompt")} for unit in ("word", "byte")
     }
+
+
+def test_each_setting_that_is_given_replaces_the_runs_own(make_checkpoint, fit, tmp_path, monkeypatch):
+    """Batches change no figure, lengths do; and whatever is not given stays."""
+    run = fit(make_checkpoint(), tmp_path / "run", RTN, "--evaluation.seq_len=48")
+    recorded = json.loads((run / "results.json").read_text(encoding="utf-8"))["perplexity"]
+    (name,) = recorded
+    asked, real = [], cli.evaluate_run
+
+    def kept(job):
+        asked.append(job.evaluation)
+        return real(job)
+
+    monkeypatch.setattr(cli, "evaluate_run", kept)
+    batches = measure(tmp_path, f"--run_dir={run}", "--evaluation.batch_size=2")["perplexity"]
+    for key in ("fp", "fp_prompt", "quantized"):
+        assert batches[name][key] == pytest.approx(recorded[name][key], rel=1e-5)
+    lengths = measure(tmp_path, f"--run_dir={run}", "--evaluation.seq_len=null", "--evaluation.max_chunks=2")
+    assert lengths["perplexity"][name]["fp"] != pytest.approx(recorded[name]["fp"], rel=1e-3)
+    assert [(one.batch_size, one.seq_len, one.max_chunks) for one in asked] == [(2, 48, 4), (8, None, 2)]
+
+
+@pytest.mark.parametrize("given", ["--prompt.kind=none", "--seed=0"])
+def test_what_a_run_has_of_its_own_can_not_be_given(make_checkpoint, fit, tmp_path, capsys, given):
+    run = fit(make_checkpoint(), tmp_path / "run", RTN)
+    capsys.readouterr()
+    assert cli.main(["test", f"--run_dir={run}", "--accelerator=cpu", given]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert given[2:6] in line
+    assert "--checkpoint" in line
+
+
+@pytest.mark.parametrize("command", ["test", "analyze"])
+def test_a_run_is_measured_against_what_it_was_made_of(make_checkpoint, fit, tmp_path, capsys, command):
+    folder = make_checkpoint()
+    run = fit(folder, tmp_path / "run", RTN)
+    (weights,) = folder.glob("*.safetensors")
+    tensors = load_file(weights)
+    tensors["model.layers.0.mlp.down_proj.weight"] *= 1.1
+    save_file(tensors, weights, {"format": "pt"})
+    capsys.readouterr()
+    assert cli.main([command, f"--run_dir={run}", "--accelerator=cpu"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"checkpoint: {weights} is not what {run} was made of" in line
+
+
+def test_a_run_is_measured_from_elsewhere(make_checkpoint, fit, tmp_path, monkeypatch):
+    """Though its checkpoint was named as seen from where it ran."""
+    folder = make_checkpoint()
+    monkeypatch.chdir(folder.parent)
+    run = fit(Path(folder.name), tmp_path / "run", RTN)
+    recorded = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    monkeypatch.chdir(tmp_path)
+    assert measure(tmp_path, f"--run_dir={run}")["perplexity"] == recorded["perplexity"]
 
 
 @pytest.mark.parametrize("place", ["run", "checkpoint"])

@@ -11,7 +11,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bisup_lightning import cli
-from bisup_lightning.calibrate.signals import Signals
 from bisup_lightning.cli import main
 from bisup_lightning.errors import UserError
 from bisup_lightning.evaluate.perplexity import Evaluation
@@ -215,8 +214,10 @@ def test_a_run_is_scored_and_scored_again(lm_eval, checkpoint, tokenizer, fit, t
         "quantized": load_quantized(run / "model", CPU),
     }.items():
         assert scores[key]["value"] == pytest.approx(sum(solved_by_hand(model, tokenizer, rows, True)) / 24)
-    options = cli.build_parser().parse_args(["test", f"--run_dir={run}", "--accelerator=cpu"]).test
-    assert cli.test(options, Signals()) == {"perplexity": results["perplexity"], "zero_shot": results["zero_shot"]}
+    output = tmp_path / "figures.json"
+    assert cli.main(["test", f"--run_dir={run}", "--accelerator=cpu", f"--output={output}"]) == 0
+    again = json.loads(output.read_text(encoding="utf-8"))
+    assert again == {"perplexity": results["perplexity"], "zero_shot": results["zero_shot"]}
     assert "own" in (run / "report.html").read_text(encoding="utf-8")
 
 
