@@ -112,6 +112,7 @@ def lead(job: Job) -> dict[str, Any] | None:
             card = model_card(job.checkpoint, plain.checkpoint.folder, scheme, *names, prompt)
             save_model(model, transformed, store.block_digests(), scheme, prompt_ids, plain.dtype, probe_BT, card)
             store.publish_model()
+        print("measuring", flush=True)  # or a log would be silent until the table
         quantized = open_quantized(model, job.device)
         perplexity = evaluate(plain, quantized, sets, prompt_ids, job.evaluation.batch_size, tokenizer)
         checkpoint = plain.checkpoint.folder
