@@ -19,8 +19,8 @@ from bisup_lightning.calibrate.events import WalkCallback
 class WalkProgress(WalkCallback):
     """Shows block i of N, epoch, loss against its start, elapsed time, ETA and device memory.
 
-    On a terminal the line is live, and each finished block leaves a line above it; elsewhere only those lines appear.
-    Of several processes, the first one's line shows where all of them are.
+    On a terminal the line is live, and each finished block leaves a line above it; elsewhere only those lines appear,
+    behind one when the walk begins. Of several processes, the first one's line shows where all of them are.
     """
 
     def __init__(self) -> None:
@@ -31,9 +31,13 @@ class WalkProgress(WalkCallback):
     def on_walk_start(self, walk: BlockWalk) -> None:
         """Open the line."""
         self.walk, self.num_blocks, self.device = walk, walk.model.num_layers, walk.model.device
-        if self.console.is_terminal and walk.ranks.leads:
+        if not walk.ranks.leads:
+            return
+        if self.console.is_terminal:
             self.live = Live(console=self.console, refresh_per_second=4, transient=True)
             self.live.start()
+        else:
+            self.console.print(f"walking over {self.num_blocks} blocks")
 
     def on_block_start(self, walk: BlockWalk, index: int) -> None:
         """Name the block."""

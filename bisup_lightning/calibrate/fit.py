@@ -31,6 +31,7 @@ from bisup_lightning.data import corpus
 from bisup_lightning.data.share import PeerLost
 from bisup_lightning.evaluate.perplexity import evaluate
 from bisup_lightning.evaluate.zero_shot import fetch_tasks
+from bisup_lightning.hub.card import model_card
 from bisup_lightning.hub.load import open_quantized
 from bisup_lightning.hub.save import save_model
 from bisup_lightning.model.blockwise import BlockwiseModel
@@ -106,8 +107,12 @@ def lead(job: Job) -> dict[str, Any] | None:
             return None
         model = job.run_dir / "model"
         if not progress.published:
-            save_model(model, transformed, store.block_digests(), scheme, prompt_ids, plain.dtype, probe_BT)
+            names = type(job.transform).__name__, type(job.solver).__name__
+            prompt = str(tokenizer.decode(prompt_ids))
+            card = model_card(job.checkpoint, plain.checkpoint.folder, scheme, *names, prompt)
+            save_model(model, transformed, store.block_digests(), scheme, prompt_ids, plain.dtype, probe_BT, card)
             store.publish_model()
+        print("measuring", flush=True)  # or a log would be silent until the table
         quantized = open_quantized(model, job.device)
         perplexity = evaluate(plain, quantized, sets, prompt_ids, job.evaluation.batch_size, tokenizer)
         checkpoint = plain.checkpoint.folder

@@ -151,9 +151,9 @@ class BiSup(Solver):
         theta: What is learned.
         optimization: How.
         epochs: Passes over the calibration data (paper: 5).
-        fp_epochs: The first of them, in which a block learns on full-precision inputs, as if no other were quantized;
-            in the others on what the quantized blocks before it give (paper: all). None: none of them, but in a
-            wavefront all save the last.
+        fp_epochs: How many epochs, from the first on, a block learns on full-precision inputs, as if no other were
+            quantized; in the rest it learns on what the quantized blocks before it give (paper: 0). None: 0, but in a
+            wavefront all epochs save the last.
         activation_clip: Where the activations' learned clip values start (paper: 0.9).
         keep_theta: Keep each block's Θ in run_dir, for another run to go on from.
         theta_from: A finished run that kept its Θ: each block starts there instead of at rounding. So blocks that

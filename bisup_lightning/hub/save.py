@@ -10,8 +10,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from bisup_lightning.files import publish, sync, write_json, write_tensors
+from bisup_lightning.files import publish, sync, write_json, write_tensors, write_text
 from bisup_lightning.hub.audit import audit, block_shard
+from bisup_lightning.hub.card import CARD
 from bisup_lightning.hub.quantizer import BisupConfig
 from bisup_lightning.model.blockwise import PROMPT, BlockwiseModel
 from bisup_lightning.model.checkpoint import INDEX
@@ -30,6 +31,7 @@ def save_model(
     prompt_ids: Sequence[int],
     dtype: torch.dtype,
     probe_BT: Tensor,
+    card: str,
 ) -> None:
     """Publish the quantized model, by rename, once it has passed its audit.
 
@@ -42,6 +44,7 @@ def save_model(
         prompt_ids: The high-precision prompt; its keys and values lie in the blocks.
         dtype: What the model computes in when loaded. Tensors are stored in the checkpoint's own dtype.
         probe_BT: A few token ids [B, T] that it must compute finite logits for.
+        card: Its model card.
 
     Raises:
         AuditError: If it does not pass; nothing is published.
@@ -74,6 +77,7 @@ def save_model(
     config["tie_word_embeddings"] = head == EMBEDDING
     config["quantization_config"] = BisupConfig.of(scheme, len(prompt_ids)).to_dict()
     write_json(temporary / "config.json", config)
+    write_text(temporary / CARD, card)
     audit(temporary, list(blocks.values()), probe_BT, fp.device)
     for path in temporary.iterdir():
         sync(path)

@@ -17,7 +17,7 @@ from bisup_lightning.model.family import EMBEDDING, FINAL_NORM, HEAD, STORED_ROT
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = ("F16", "BF16", "F32", "F64")  # what safetensors calls the dtypes of weights that are not quantized
-WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "README.md"]
 
 
 def resolve(checkpoint: str) -> Path:

@@ -92,6 +92,13 @@ class Precision:
         if self.kv and self.kv.group_size is not None:
             raise ValueError("precision.kv.group_size must be null: keys and values are scaled by head or by token")
 
+    @property
+    def name(self) -> str:
+        """The field's shorthand, such as W4A4KV4 or W3A3KV3-g128; 16 bits stand for full precision."""
+        activations, kv = (16 if spec is None else spec.bits for spec in (self.activations, self.kv))
+        group = self.weights.group_size
+        return f"W{self.weights.bits}A{activations}KV{kv}" + (f"-g{group}" if group else "")
+
 
 @dataclass(frozen=True)
 class Scheme(Precision):

@@ -195,7 +195,9 @@ def test_what_is_left_is_used(eager, run, undisturbed):
     assert_same_run(run, undisturbed)
 
 
-@pytest.mark.parametrize("name", ["model/model-00001.safetensors", "model/config.json", "model/tokenizer.json"])
+@pytest.mark.parametrize(
+    "name", ["model/model-00001.safetensors", "model/config.json", "model/tokenizer.json", "model/README.md"]
+)
 def test_a_damaged_model_is_put_together_again(command, run, undisturbed, name):
     shutil.copytree(undisturbed, run)  # which copies what was linked
     flip(run / name)

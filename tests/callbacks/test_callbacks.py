@@ -199,7 +199,7 @@ def test_blocks_compute_in_float32_on_a_cpu_and_are_stored_as_the_checkpoint_was
 # --- progress ---------------------------------------------------------------------------------------------------------
 
 
-def test_progress_leaves_one_line_for_each_block_off_a_terminal(checkpoint, fit, tmp_path, capsys):
+def test_progress_leaves_a_line_for_the_walk_and_each_block_off_a_terminal(checkpoint, fit, tmp_path, capsys):
     run = fit(checkpoint, tmp_path / "run", BISUP, f"--solver.epochs={EPOCHS}")
     captured = capsys.readouterr()
     assert captured.err == ""
@@ -208,7 +208,7 @@ def test_progress_leaves_one_line_for_each_block_off_a_terminal(checkpoint, fit,
     lines = [line for line in captured.out.splitlines() if line.startswith("block")]
     metrics = json.loads((run / "results.json").read_text(encoding="utf-8"))["blocks"]
     assert len(lines) == len(metrics) == 2
-    assert captured.out.startswith("\n".join(lines))
+    assert captured.out.startswith("\n".join(["walking over 2 blocks", *lines, "measuring", ""]))
     for number, (line, entry) in enumerate(zip(lines, metrics, strict=True), start=1):
         assert line.startswith(f"block {number}/2 ")
         assert f"{entry['loss_initial']:.3e}" in line
