@@ -57,6 +57,11 @@ class Run:
         part, _, rest = key.partition(".")
         return settings.get(key, settings.get(f"{part}.init_args.{rest}", default))
 
+    @property
+    def model_name(self) -> str:
+        """The last part of the checkpoint's name."""
+        return Path(self.results["checkpoint"]).name
+
     def class_name(self, part: str) -> str:
         """Name of the class of the `solver` or the `transform`."""
         return str(self.setting(f"{part}.class_path")).rsplit(".", 1)[-1]
