@@ -5,7 +5,8 @@
 
 Every cell is one `python main.py fit`; cells that tables share are run once, and a finished one is not run again. Table
 A12, the longest, and A14 take the first seed alone. The cells of Table A14, where time is measured, run one at a time
-before the rest. The archive gets the figures of each cell when it is finished, and gives them back to the next call, on
+before the rest. What would fail every run is refused before the first; a small run begins first, and if that fails, no
+other is begun. The archive gets the figures of each cell when it is finished, and gives them back to the next call, on
 whatever machine; `--minutes 0` runs nothing and writes the page from what is there.
 """
 
@@ -18,14 +19,19 @@ import tarfile
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import chdir
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from benchmarks.archive import pack, unpack  # noqa: E402
 from benchmarks.trends import trends_of  # noqa: E402
+from bisup_lightning.data.corpus import check_source  # noqa: E402
 from bisup_lightning.errors import UserError  # noqa: E402
+from bisup_lightning.model.checkpoint import resolve  # noqa: E402
 from bisup_lightning.report.compare import tables_of  # noqa: E402
 from bisup_lightning.report.run import RESULTS, Run  # noqa: E402
 
@@ -127,6 +133,21 @@ def command_of(cell: Cell, options: argparse.Namespace) -> list[str]:
     ]  # fmt: skip
 
 
+def check_inputs(options: argparse.Namespace) -> None:
+    """Refuse what would fail every run, before the first.
+
+    Raises:
+        UserError: Naming the option.
+    """
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device: torch sees no CUDA device; give --device cpu")
+    with chdir(ROOT):  # where every fit runs
+        check_source("--calibration", options.calibration)
+        for source in options.perplexity:
+            check_source("--perplexity", source)
+        resolve(options.checkpoint)
+
+
 class Clock:
     """Tells how far the grid is, and when to begin no more.
 
@@ -143,6 +164,10 @@ class Clock:
         """Whether time is up."""
         return time.monotonic() >= self.end
 
+    def stop(self) -> None:
+        """Let time be up."""
+        self.end = self.began
+
     def tick(self, line: str) -> None:
         """Print that one more cell is done."""
         self.done += 1
@@ -151,8 +176,18 @@ class Clock:
         print(f"[{self.done}/{self.count}] {line}; {passed:.0f} s so far, about {left:.0f} s to go", flush=True)
 
 
-def run_all(cells: Sequence[Cell], options: argparse.Namespace, jobs: int, clock: Clock) -> list[str]:
-    """Run cells, `jobs` at a time, and put the figures of each into the archive; names of those that failed."""
+def run_all(
+    cells: Sequence[Cell], options: argparse.Namespace, jobs: int, clock: Clock, probe: Cell | None
+) -> list[str]:
+    """Run cells, `jobs` at a time, and put the figures of each into the archive; names of those that failed.
+
+    Args:
+        cells: What to run.
+        options: The command line's.
+        jobs: Cells at a time.
+        clock: When to begin no more.
+        probe: The cell whose failure is taken for that of all: none is begun after it.
+    """
     environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
 
     def run(cell: Cell) -> tuple[str, int, float] | None:
@@ -162,6 +197,8 @@ def run_all(cells: Sequence[Cell], options: argparse.Namespace, jobs: int, clock
         with (options.runs / f"{cell.name}.log").open("w", encoding="utf-8") as log:
             command = command_of(cell, options)
             done = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, env=environment, check=False)
+        if done.returncode and cell == probe:
+            clock.stop()
         return cell.name, done.returncode, time.monotonic() - began
 
     failed = []
@@ -172,6 +209,8 @@ def run_all(cells: Sequence[Cell], options: argparse.Namespace, jobs: int, clock
             name, code, seconds = ended
             words = (options.runs / f"{name}.log").read_text(encoding="utf-8").splitlines() or ["nothing"]
             clock.tick(f"{name}: finished in {seconds:.0f} s" if code == 0 else f"{name}: FAILED, saying: {words[-1]}")
+            if code and probe and name == probe.name:
+                print("no other is begun, as it would likely fail, too", flush=True)
             if code:
                 failed.append(name)
             elif options.archive:
@@ -292,12 +331,15 @@ def main(arguments: Sequence[str]) -> int:
             print(f"{options.archive}: {len(unpack(options.archive, options.runs))} runs taken from it", flush=True)
         cells = dict.fromkeys(cell for table in cells_by_table.values() for cell in table)
         missing = [cell for cell in cells if not finished(cell, options)]
-        print(f"{len(cells)} runs, {len(cells) - len(missing)} of them finished before", flush=True)
         timed = [cell for cell in missing if cell in cells_by_table.get("A14", [])]
         rest = [cell for cell in missing if cell not in timed]
         rest.sort(key=lambda cell: -cell.samples * cell.iterations)  # the longest first, lest others wait for them
-        clock = Clock(len(missing), options.minutes)
-        failed = run_all(timed, options, 1, clock) + run_all(rest, options, options.jobs, clock)
+        rest = rest[-1:] + rest[:-1]  # but for one of the shortest, which soon tells what would fail them all
+        clock, probe = Clock(len(missing), options.minutes), next(iter([*timed, *rest]), None)
+        if missing and not clock.over():
+            check_inputs(options)
+        print(f"{len(cells)} runs, {len(cells) - len(missing)} of them finished before", flush=True)
+        failed = run_all(timed, options, 1, clock, probe) + run_all(rest, options, options.jobs, clock, probe)
         if not any(finished(cell, options) for cell in cells):
             raise UserError("no run is finished")
         if options.archive:

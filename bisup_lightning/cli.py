@@ -272,8 +272,8 @@ def run(arguments: Sequence[str], signals: Signals) -> int:
         console.print(f"report: {write_report(options.run_dir)}")
     else:
         runs = {str(path): Run.read(path) for path in options.runs}
-        console.print(comparison_table({name: run.results for name, run in runs.items()}))
         tables = tables_of(list(runs.values()))
+        console.print(comparison_table({name: run.results for name, run in runs.items()}))
         for table in tables:
             console.print(text_table(table.title, table.header, table.rows))
         if options.output is not None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import mean
 
 from bisup_lightning.files import write_text
+from bisup_lightning.report.alike import check_measured_alike, prompt, recipe, told_apart
 from bisup_lightning.report.run import Run, precision_name
 
 TRANSFORMS = {"NoTransform": "", "Atom": "Atom", "QuaRot": "QuaRot"}
@@ -106,18 +107,18 @@ def budget(run: Run) -> tuple[int, int, int]:
     return run.setting("data.num_samples"), iterations if learned else 0, rank if learned else 0
 
 
-def model_name(run: Run) -> str:
-    """The last part of the checkpoint's name."""
-    return Path(run.results["checkpoint"]).name
-
-
 def quantized_perplexity(name: str) -> Callable[[Run], float | None]:
     """A run's perplexity on a set, or None."""
     return lambda run: run.results["perplexity"].get(name, {}).get("quantized")
 
 
 def tables_of(runs: Sequence[Run]) -> list[PaperTable]:
-    """Every table of the paper that the runs have data for."""
+    """Every table of the paper that the runs have data for.
+
+    Raises:
+        UserError: If their figures do not compare.
+    """
+    check_measured_alike(runs)
     sets = list(dict.fromkeys(name for run in runs for name in run.results["perplexity"]))
     budgets = {budget(run) for run in runs if run.class_name("solver") == "BiSup"}
     tables = []
@@ -142,7 +143,7 @@ def _grid(
     value: Callable[[Run], float | None],
     form: str = ".2f",
 ) -> tuple[list[str], dict[tuple[str, ...], list[str]]]:
-    """Columns, and cells by row. Runs that share a cell differ by their seed: their mean, ± half their range."""
+    """Columns, and cells by row. Runs that share a cell differ by their seed alone: their mean, ± half their range."""
     cells: dict[tuple[str, ...], dict[str, list[float]]] = {}
     columns: dict[str, None] = {}
     for run in runs:
@@ -159,41 +160,64 @@ def _grid(
     return list(columns), {key: [cell(line.get(name)) for name in columns] for key, line in cells.items()}
 
 
+def _names(runs: Sequence[Run]) -> Callable[[Run], str]:
+    """A run's method, with the settings other than the seed in which runs of one method, model and budget differ."""
+
+    def place(run: Run) -> tuple[str, str, tuple[int, int, int]]:
+        return run.model_name, precision(run), budget(run)
+
+    apart = {
+        name: told_apart([run for run in runs if method(run) == name], place, recipe) for name in map(method, runs)
+    }
+    return lambda run: method(run) + apart[method(run)](run)
+
+
+def _names_and_models(runs: Sequence[Run]) -> Callable[[Run], str]:
+    """The same with the model, where there are several."""
+    name, several = _names(runs), len({run.model_name for run in runs}) > 1
+    return lambda run: name(run) + (f", {run.model_name}" if several else "")
+
+
 def _labels(runs: Sequence[Run]) -> Callable[[Run], str]:
-    """A run's method, with its budget where runs of one method differ in it."""
+    """A run's name, with its budget where runs of one method differ in it."""
     budgets: dict[tuple[str, str], set[tuple[int, int, int]]] = {}
     for run in runs:
         budgets.setdefault((precision(run), method(run)), set()).add(budget(run))
     varied = {name for (_, name), found in budgets.items() if len(found) > 1}
+    name = _names(runs)
+    return lambda run: name(run) + (f" {' – '.join(map(str, budget(run)))}" if method(run) in varied else "")
 
-    def label(run: Run) -> str:
-        name = method(run)
-        return f"{name} {' – '.join(map(str, budget(run)))}" if name in varied else name
 
-    return label
+def _full_precision(runs: Sequence[Run]) -> Callable[[Run], dict[str, str]]:
+    """Names of the full-precision rows that a run has figures for, by the figures' key; one row for each prompt."""
+    apart = told_apart(filter(has_prompt, runs), lambda run: run.model_name, prompt)
+    return lambda run: {"fp": "plain"} | ({"fp_prompt": f"behind the prompt{apart(run)}"} if has_prompt(run) else {})
 
 
 def _by_model(runs: Sequence[Run], name: str) -> PaperTable:
     label = _labels(runs)
-    columns, cells = _grid(runs, lambda run: (precision(run), label(run)), model_name, quantized_perplexity(name))
-    rows = [(*key, *values) for key, values in cells.items()]
-    for title, key in (("behind the prompt", "fp_prompt"), ("plain", "fp")):
-        known = {model_name(run): _figure(name, key)(run) for run in runs if key == "fp" or has_prompt(run)}
-        if known:
-            values = (known.get(column) for column in columns)
-            rows.insert(0, ("FP", title, *("–" if value is None else f"{value:.2f}" for value in values)))
+    columns, cells = _grid(
+        runs, lambda run: (precision(run), label(run)), lambda run: run.model_name, quantized_perplexity(name)
+    )
+    names = _full_precision(runs)
+    known: dict[str, dict[str, float]] = {}
+    for run in runs:
+        for key, row in names(run).items():
+            if (figure := run.results["perplexity"].get(name, {}).get(key)) is not None:
+                known.setdefault(row, {}).setdefault(run.model_name, figure)
+    rows = [
+        ("FP", row, *(f"{line[column]:.2f}" if column in line else "–" for column in columns))
+        for row, line in known.items()
+    ]
+    rows += [(*key, *values) for key, values in cells.items()]
     return PaperTable(f"Tables 1, A1, A6, A7: perplexity on {name}", ("precision", "method", *columns), rows)
-
-
-def _figure(name: str, key: str) -> Callable[[Run], float | None]:
-    return lambda run: run.results["perplexity"].get(name, {}).get(key)
 
 
 def _by_precision(runs: Sequence[Run], name: str) -> PaperTable:
     label = _labels(runs)
-    several = len({model_name(run) for run in runs}) > 1
+    several = len({run.model_name for run in runs}) > 1
     columns, cells = _grid(
-        runs, lambda run: (*((model_name(run),) if several else ()), label(run)), precision, quantized_perplexity(name)
+        runs, lambda run: (*((run.model_name,) if several else ()), label(run)), precision, quantized_perplexity(name)
     )
     header = (*(("model",) if several else ()), "method", *columns)
     return PaperTable(
@@ -204,10 +228,11 @@ def _by_precision(runs: Sequence[Run], name: str) -> PaperTable:
 def _samples_and_iterations(runs: Sequence[Run], name: str) -> PaperTable:
     (rank,) = _most_common((budget(run)[2],) for run in runs if budget(run)[:2] != budget(runs[0])[:2])
     of_rank = [run for run in runs if budget(run)[2] == rank]
+    label = _names_and_models(of_rank)
     columns, cells = _grid(
         sorted(of_rank, key=budget),
         lambda run: (precision(run), str(budget(run)[0])),
-        lambda run: f"{method(run)}, I = {budget(run)[1]}",
+        lambda run: f"{label(run)}, I = {budget(run)[1]}",
         quantized_perplexity(name),
     )
     rows = [(*key, *line) for key, line in sorted(cells.items(), key=lambda item: (item[0][0], int(item[0][1])))]
@@ -217,10 +242,12 @@ def _samples_and_iterations(runs: Sequence[Run], name: str) -> PaperTable:
 
 def _ranks(runs: Sequence[Run], name: str) -> PaperTable:
     samples, iterations = _most_common(budget(run)[:2] for run in runs if budget(run)[2] != budget(runs[0])[2])
+    of_budget = [run for run in runs if budget(run)[:2] == (samples, iterations)]
+    label = _names_and_models(of_budget)
     columns, cells = _grid(
-        sorted((run for run in runs if budget(run)[:2] == (samples, iterations)), key=budget),
+        sorted(of_budget, key=budget),
         lambda run: (precision(run),),
-        lambda run: f"{method(run)}, R = {budget(run)[2]}",
+        lambda run: f"{label(run)}, R = {budget(run)[2]}",
         quantized_perplexity(name),
     )
     rows = [(*key, *line) for key, line in cells.items()]
@@ -245,23 +272,25 @@ def _zero_shot(runs: Sequence[Run]) -> PaperTable:
 
     measured = [run for run in runs if run.results["zero_shot"]]
     rows: dict[tuple[str, ...], None] = {}
+    names = _full_precision(measured)
     for run in measured:
-        rows[(model_name(run), "FP", "plain", *line(run.results["zero_shot"], "fp"))] = None
-        if has_prompt(run):
-            rows[(model_name(run), "FP", "behind the prompt", *line(run.results["zero_shot"], "fp_prompt"))] = None
+        for key, row in names(run).items():
+            rows[(run.model_name, "FP", row, *line(run.results["zero_shot"], key))] = None
     for run in measured:
-        rows[(model_name(run), precision(run), label(run), *line(run.results["zero_shot"], "quantized"))] = None
+        rows[(run.model_name, precision(run), label(run), *line(run.results["zero_shot"], "quantized"))] = None
     heads = [next((head for known, head in TASK_HEADS.items() if task.startswith(known)), task) for task in tasks]
     header = ("model", "precision", "method", *heads, "Avg.")
     return PaperTable("Tables 2, A2–A5, A8–A10: zero-shot accuracy (%)", header, list(rows))
 
 
 def _cost(runs: Sequence[Run]) -> PaperTable:
+    name = _names(runs)
+
     def row(run: Run) -> tuple[str, ...]:
         return (precision(run), " – ".join(map(str, budget(run))))
 
     def column(run: Run) -> str:
-        return f"{method(run)}, {model_name(run)}"
+        return f"{name(run)}, {run.model_name}"
 
     def memory(run: Run) -> float:
         return (run.results["peak_device_bytes"] or run.results["peak_host_bytes"]) / 2**20

@@ -10,7 +10,7 @@ from matplotlib.ticker import MaxNLocator
 
 from bisup_lightning.files import write_text
 from bisup_lightning.report.charts import SERIES, STYLE, WIDE, as_svg, binned, plain_log
-from bisup_lightning.report.compare import method, model_name, precision
+from bisup_lightning.report.compare import method, precision
 from bisup_lightning.report.run import Run
 
 ERRORS = "errors.svg"
@@ -82,6 +82,6 @@ def series(place: int) -> tuple[str, str]:
 
 def labels(runs: Sequence[Run]) -> list[str]:
     """Method and precision of each run, with the model and the folder only where they are needed to tell runs apart."""
-    several = len({model_name(run) for run in runs}) > 1
-    names = [" ".join([*([model_name(run)] if several else []), method(run), precision(run)]) for run in runs]
+    several = len({run.model_name for run in runs}) > 1
+    names = [" ".join([*([run.model_name] if several else []), method(run), precision(run)]) for run in runs]
     return [f"{name} ({run.folder})" if names.count(name) > 1 else name for name, run in zip(names, runs, strict=True)]

@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,16 +36,18 @@ class Run:
         """Read a run_dir.
 
         Raises:
-            UserError: If it holds no finished run.
+            UserError: If it holds no finished run, or one that is damaged.
         """
         if not (folder / RESULTS).is_file():
             raise UserError(f"{folder} holds no finished run (no {RESULTS}); run fit with this run_dir first")
         analysis, config = folder / ANALYSIS, folder / "config.yaml"
         return cls(
             folder=folder,
-            results=_read_json(folder / RESULTS),
+            results=_read_json(
+                folder / RESULTS, ("checkpoint", "fingerprint", "perplexity", "blocks"), "run fit again, which mends it"
+            ),
             epochs={int(path.parent.name): _read_epochs(path) for path in sorted(folder.glob("logs/[0-9]*/*.csv"))},
-            analysis=_read_json(analysis) if analysis.is_file() else {},
+            analysis=_read_json(analysis, ("sets",), "run analyze again") if analysis.is_file() else {},
             config=config.read_text(encoding="utf-8") if config.is_file() else "",
         )
 
@@ -54,6 +56,11 @@ class Run:
         settings = self.results["fingerprint"]
         part, _, rest = key.partition(".")
         return settings.get(key, settings.get(f"{part}.init_args.{rest}", default))
+
+    @property
+    def model_name(self) -> str:
+        """The last part of the checkpoint's name."""
+        return Path(self.results["checkpoint"]).name
 
     def class_name(self, part: str) -> str:
         """Name of the class of the `solver` or the `transform`."""
@@ -70,8 +77,13 @@ def precision_name(settings: Mapping[str, Any]) -> str:
     return f"W{bits('weights')}A{bits('activations')}KV{bits('kv')}" + (f"-g{group}" if group else "")
 
 
-def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+def _read_json(path: Path, keys: Sequence[str], remedy: str) -> dict[str, Any]:
+    """An object that has these keys, among others."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return {key: content[key] for key in keys} | content
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error}); {remedy}") from error
 
 
 def _read_epochs(path: Path) -> Rows:

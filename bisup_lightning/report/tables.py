@@ -47,6 +47,8 @@ def zero_shot_table(results: Mapping[str, Any]) -> Table:
 def comparison_table(runs: Mapping[str, Mapping[str, Any]]) -> Table:
     """Several runs of one model side by side; `excess` is the distance to FP behind the prompt, relative to the first.
 
+    Runs stand below the full-precision figure that theirs is measured from: another prompt has another.
+
     Args:
         runs: Content of results.json by the run's name.
     """
@@ -64,17 +66,23 @@ def comparison_table(runs: Mapping[str, Mapping[str, Any]]) -> Table:
         table.add_column(column, justify="left" if column in ("set", "run", "precision") else "right")
     names = {name: None for results in runs.values() for name in results["perplexity"]}
     for name in names:
+        measured = {run: results for run, results in runs.items() if "quantized" in results["perplexity"].get(name, {})}
         first = None
-        for run, results in runs.items():
-            figures = results["perplexity"].get(name, {})
-            if "quantized" not in figures:
-                continue
-            if first is None:
-                fp = figures["fp_prompt"]
-                table.add_row(name, "FP behind the prompt", "", f"{fp:.4f}", "0.0000", "", "0.0000", "")
-            excess = figures["quantized"] - figures["fp_prompt"]
-            first = excess if first is None else first
-            share = f"{excess / first:.2f}" if first > 0 else "–"
-            cells = (f"{figures['quantized']:.4f}", f"{excess:.4f}", share, f"{figures['kl']:.4f}")
-            table.add_row(name, run, precision_name(results["fingerprint"]), *cells, f"{results['seconds']:.0f}")
+        for reference in dict.fromkeys(_reference(results, name) for results in measured.values()):
+            table.add_row(name, *reference, "0.0000", "", "0.0000", "")
+            for run, results in measured.items():
+                if _reference(results, name) != reference:
+                    continue
+                figures = results["perplexity"][name]
+                excess = figures["quantized"] - figures["fp_prompt"]
+                first = excess if first is None else first
+                share = f"{excess / first:.2f}" if first > 0 else "–"
+                cells = (f"{figures['quantized']:.4f}", f"{excess:.4f}", share, f"{figures['kl']:.4f}")
+                table.add_row(name, run, precision_name(results["fingerprint"]), *cells, f"{results['seconds']:.0f}")
     return table
+
+
+def _reference(results: Mapping[str, Any], name: str) -> tuple[str, str, str]:
+    """First cells of the row that a run's excess is measured from."""
+    plain = results["fingerprint"].get("prompt.kind") == "none"
+    return "FP" if plain else "FP behind the prompt", "", f"{results['perplexity'][name]['fp_prompt']:.4f}"

@@ -18,8 +18,9 @@ GPTQ = {"solver.class_path": "x.GPTQ"} | NO_PROMPT
 @pytest.fixture
 def options(tmp_path):
     return parse([
-        "--checkpoint=model", f"--calibration={write_text(tmp_path)}", "--perplexity=wikitext2", f"--runs={tmp_path}",
-        "--transforms=quarot", "--precisions=w4a4-g128", "--trainer.logger=false", f"--page={tmp_path / 'page.md'}",
+        f"--checkpoint={write_model(tmp_path)}", f"--calibration={write_text(tmp_path)}", "--perplexity=wikitext2",
+        f"--runs={tmp_path}", "--device=cpu", "--transforms=quarot", "--precisions=w4a4-g128", "--trainer.logger=false",
+        f"--page={tmp_path / 'page.md'}",
     ])  # fmt: skip
 
 
@@ -27,6 +28,15 @@ def write_text(folder):
     path = folder / "text.txt"
     path.write_text("words")
     return path
+
+
+def write_model(folder):
+    """As much of a checkpoint as is looked at before the first run."""
+    model = folder / "model"
+    model.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (model / name).touch()
+    return model
 
 
 def kinds(table, options):
@@ -71,7 +81,7 @@ def test_finished_runs_are_not_run_again_and_make_the_page(options, monkeypatch,
 
 @pytest.fixture
 def fits(monkeypatch):
-    """Stands in for `fit`: the names of the cells that were run; one of rank 16 fails."""
+    """Stands in for `fit`: the names of the cells that were run; those of rank 16 fail."""
     names = []
 
     def fit(command, **settings):
@@ -97,9 +107,52 @@ def test_a_failed_run_is_named_and_the_rest_makes_the_page(options, fits, capsys
     assert lines[-1].endswith("; 1 runs are left")
     page = options.page.read_text(encoding="utf-8")
     assert "2 runs on an abacus (torch 2.13.0, python 3.11.7)" in page
-    assert "python benchmarks/tables.py --checkpoint=model" in page
+    assert f"python benchmarks/tables.py --checkpoint={options.checkpoint}" in page
     assert "python main.py fit --config=configs/base.yaml" in page
     assert "--run_dir=runs/w4a4-g128-quarot-bisup-128-5-32-seed0" in page
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ("--device=cuda", "--device: torch sees no CUDA device; give --device cpu"),
+        ("--calibration=no/such.txt", "--calibration: there is no file no/such.txt"),
+        ("--perplexity=wikitext2,no/such.txt", "--perplexity: there is no file no/such.txt"),
+        ("--checkpoint=/no/such", "checkpoint: no folder /no/such"),
+    ],
+)
+def test_what_would_fail_every_run_is_one_line_before_the_first(options, fits, monkeypatch, capsys, wrong, words):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main([*options.given, "--tables=A13", wrong]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith(f"error: {words}")
+    assert len(printed.err.splitlines()) == 1
+    assert fits == []
+
+
+def test_a_page_of_what_is_there_needs_neither_device_nor_texts(options, fits):
+    write_run(options.runs / "w4a4-g128-quarot-bisup-128-5-32-seed0")
+    assert main([*options.given, "--tables=A13", "--minutes=0", "--calibration=no/such.txt"]) == 0
+    assert options.page.exists()
+
+
+@pytest.mark.parametrize("tables", ["A13", "A13,A14"])
+def test_when_the_first_run_fails_no_other_is_begun(options, fits, capsys, tables):
+    """A grid whose runs all fail in the same way ends with the first of them."""
+    assert main([*options.given, f"--tables={tables}", "--ranks=16", "--seeds=0,1,2"]) == 2
+    assert len(fits) == 1
+    assert "no other is begun" in capsys.readouterr().out
+
+
+def test_a_failure_after_a_success_does_not_end_the_grid(options, fits):
+    assert main([*options.given, "--tables=A13", "--ranks=16,32", "--seeds=0,1"]) == 1
+    assert len(fits) == 4
+
+
+def test_a_small_run_begins_first_and_then_the_longest(options, fits):
+    assert main([*options.given, "--tables=A12", "--samples=128,64", "--iterations=5,10"]) == 0
+    assert [name.split("bisup-")[1].split("-32-")[0] for name in fits] == ["64-5", "128-10", "128-5", "64-10"]
 
 
 def test_what_fails_for_ever_is_an_error(options, fits, capsys):

@@ -198,6 +198,27 @@ def test_the_command_writes_the_page_and_refuses_an_unfinished_run(folder, tmp_p
     assert "holds no finished run" in line
 
 
+@pytest.mark.parametrize("command", [["report", "--run_dir={}"], ["compare", "{}", "{}"]])
+@pytest.mark.parametrize("content", [b"", b'{"checkpoint": "mod', b"\xff\xfe", b"[]", b"null", b'{"perplexity": {}}'])
+def test_damaged_results_are_one_line_that_names_the_file_and_the_remedy(folder, capsys, command, content):
+    (folder / "results.json").write_bytes(content)
+    assert main([word.format(folder) for word in command]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    (line,) = printed.err.splitlines()
+    assert line.startswith(f"error: {folder / 'results.json'} is damaged (")
+    assert line.endswith("; run fit again, which mends it")
+    assert not (folder / "report.html").exists()
+
+
+def test_a_damaged_analysis_is_named_with_another_remedy(folder, capsys):
+    (folder / "analysis.json").write_text('{"sets": ')
+    assert main(["report", f"--run_dir={folder}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {folder / 'analysis.json'} is damaged (")
+    assert line.endswith("; run analyze again")
+
+
 def browse(path, *arguments):
     """What Chromium says on its standard error, console messages included, with no way to any host."""
     options = [

@@ -67,10 +67,21 @@ def test_comparison_measures_every_run_by_the_first():
     assert [row["seconds"] for row in rows] == ["", "61", "126", "61"]
 
 
-def test_each_run_is_measured_by_its_own_reference():
-    """Behind another prompt the FP model is another: its own distance counts."""
-    _, rows = cells(comparison_table({"a": run_of(14.0, prompt=10.0), "b": run_of(14.0, prompt=12.0)}))
-    assert [row["excess over FP"] for row in rows[1:]] == ["4.0000", "2.0000"]
+def test_each_run_stands_below_its_own_reference():
+    """Behind another prompt the FP model is another, and without one it is plain: each run's own distance counts."""
+    runs = {
+        "a": run_of(14.0, prompt=10.0),
+        "b": run_of(14.0, prompt=12.0),
+        "c": run_of(13.0, prompt=10.0),
+        "d": run_of(16.0, prompt=11.0, settings=W4 | {"prompt.kind": "none"}),
+    }
+    _, rows = cells(comparison_table(runs))
+    assert [(row["run"], row["perplexity"], row["excess over FP"], row["of the first"]) for row in rows] == [
+        ("FP behind the prompt", "10.0000", "0.0000", ""), ("a", "14.0000", "4.0000", "1.00"),
+        ("c", "13.0000", "3.0000", "0.75"),
+        ("FP behind the prompt", "12.0000", "0.0000", ""), ("b", "14.0000", "2.0000", "0.50"),
+        ("FP", "11.0000", "0.0000", ""), ("d", "16.0000", "5.0000", "1.25"),
+    ]  # fmt: skip
 
 
 def test_sets_that_only_some_runs_measured():
