@@ -58,12 +58,12 @@ HARMLESS = (
 )  # fmt: skip
 
 
-def device_for(accelerator: Any) -> torch.device:
-    """The device of Lightning's accelerator name."""
+def device_for(accelerator: Any, key: str = "accelerator") -> torch.device:
+    """The device of Lightning's accelerator name, given for a key."""
     if accelerator not in ("auto", "cpu", "gpu", "cuda"):
-        raise UserError(f"accelerator: {accelerator} is not supported; choose auto, cpu, gpu or cuda")
+        raise UserError(f"{key}: {accelerator} is not supported; choose auto, cpu, gpu or cuda")
     if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
-        raise UserError(f"accelerator: {accelerator} is asked for, but torch sees no CUDA device; use cpu or auto")
+        raise UserError(f"{key}: {accelerator} is asked for, but torch sees no CUDA device; use cpu or auto")
     if accelerator == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
@@ -109,6 +109,8 @@ def check_values(config: Namespace) -> None:
         UserError: Naming the key.
     """
     for place in ("weights", "activations", "kv"):
+    if config.solver is None:
+        raise UserError("solver: none is given; begin with --config configs/base.yaml, or give BiSup, GPTQ or RTN")
         if (spec := config.precision[place]) is not None:
             try:
                 QuantSpec(**vars(spec))
@@ -131,7 +133,7 @@ def processes(config: Namespace) -> int:
         UserError: If it has no devices for so many, or they have nothing to do.
     """
     wanted, mode = config.trainer.devices, config.parallel.mode
-    on_gpu = device_for(config.trainer.accelerator).type == "cuda"
+    on_gpu = device_for(config.trainer.accelerator, "trainer.accelerator").type == "cuda"
     there = torch.cuda.device_count() if on_gpu else None
     if wanted == "auto":
         return 1 if mode == "none" or there is None else there

@@ -135,15 +135,23 @@ WRONG = [
     ("--trainer.logger=foo", "trainer.logger"),
     ("--trainer.gradient_clip_val=abc", "trainer.gradient_clip_val"),
     ("--data.nonsense=3", "data.nonsense"),
+    ("--data.num_sample=8", "no key data.num_sample; did you mean data.num_samples?"),  # not taken for it, either
+    ("--evaluation.m=1", "no key evaluation.m"),
+    ("--solver.epoch=3", "solver: there is no key epoch; did you mean epochs?"),
+    ("--solver.theta.rnk=3", "solver: there is no key theta.rnk; did you mean theta.rank?"),
     ("--nonsense=3", "nonsense"),
     ("--solver.nonsense=3", "nonsense"),
     ("--transform.nonsense=3", "nonsense"),
     ("--trainer.max_epochs=3", "trainer.max_epochs"),
     ("--solver=bisup_lightning.calibrate.solvers.Nope", "solver", "Nope"),
-    ("--solver=Nope", "solver", "Nope"),
+    ("--solver=Nope", "solver: Nope is no known class"),
+    ("--solver=null", "solver: none is given", "configs/base.yaml"),
+    ("--solver.theta=null", "solver.theta: must not be null"),
+    ("--solver.optimization=null", "solver.optimization: must not be null"),
+    ("--transform=null", "transform", "None"),
     ("--solver=no.such.module.Solver", "solver", "no.such.module"),
-    ("--solver=torch.nn.Linear", "solver", "torch.nn.Linear"),
-    ("--transform=Nope", "transform", "Nope"),
+    ("--solver=torch.nn.Linear", "solver: torch.nn.Linear is not trusted", "--trust_classes_from torch.nn"),
+    ("--transform=Nope", "transform: Nope is no known class"),
     ("--trainer.callbacks+=Nope", "trainer.callbacks", "Nope"),
     ("--config=/no/such.yaml", "/no/such.yaml"),
 ]
@@ -170,16 +178,37 @@ def test_the_line_is_written_for_a_person(fit_refused, checkpoint, argument):
     [
         ("data: {nonsense: 3}\n", ["data.nonsense"]),
         ("nonsense: 3\n", ["nonsense"]),
+        ("data: {num_sample: 3}\n", ["data.num_sample; did you mean data.num_samples?"]),
         ("data: {num_samples: many}\n", ["data.num_samples"]),
         ("solver: {class_path: Nope}\n", ["solver", "Nope"]),
-        ("data: [1,\n b\n", []),
+        ("solver: {init_args: {epoch: 3}}\n", ["solver", "epoch; did you mean epochs?"]),
+        ("precision: {weights: null}\n", ["precision.weights: must not be null"]),
+        ("data: [1,\n b\n", ["line 3"]),
         ("- 1\n- 2\n", []),
+        ("", ["holds no keys"]),
+        ("# nothing\n", ["holds no keys"]),
+        ("seed: 1\ndata: {seq_len: 3, num_samples: 4, seq_len: 5}\n", ["seq_len is given more than once", "line 2"]),
     ],
 )
-def test_a_bad_file_is_refused(fit_refused, checkpoint, tmp_path, text, words):
-    file = tmp_path / "bad.yaml"
-    file.write_text(text)
-    fit_refused(checkpoint, [f"--config={file}"], *words)
+def test_a_bad_file_is_refused_by_its_name(fit_refused, checkpoint, tmp_path, text, words):
+    """Also where several files compose."""
+    bad, good = tmp_path / "bad.yaml", tmp_path / "good.yaml"
+    bad.write_text(text)
+    good.write_text("seed: 3\n")
+    fit_refused(checkpoint, [f"--config={good}", f"--config={bad}", f"--config={good}"], "config: ", str(bad), *words)
+
+
+@pytest.mark.parametrize("name", ["Atom", "QuaRot", "NoTransform"])
+def test_a_transform_is_known_by_its_name_alone(name):
+    """As a solver is."""
+    options = ["fit", "--checkpoint=model", "--run_dir=run", f"--transform={name}"]
+    assert build_parser().parse_args(options).fit.transform.class_path.endswith(f".{name}")
+
+
+def test_no_solver_is_said_with_what_has_one(refused, checkpoint, tmp_path):
+    given = ["fit", f"--checkpoint={checkpoint}", f"--run_dir={tmp_path / 'never'}", "--data.calibration=self"]
+    refused(given, "solver: none is given", "configs/base.yaml", "BiSup")
+    assert not (tmp_path / "never").exists()
 
 
 def test_nothing_to_learn_is_refused(fit_refused, checkpoint):
@@ -374,7 +403,7 @@ def test_a_chat_template_that_knows_no_system_message(fit_refused, altered):
         ([ATOM, "--transform.outliers=8", "--precision.weights.group_size=16"], ["precision.weights", "16", "56"]),
         ([GPTQ, "--solver.damp=-1"], ["solver.damp"]),
         ([GPTQ, "--solver.blocksize=0"], ["solver.blocksize"]),
-        (["--trainer.accelerator=foo"], ["accelerator", "foo"]),
+        (["--trainer.accelerator=foo"], ["trainer.accelerator", "foo"]),
     ],
 )
 def test_what_does_not_fit_the_model_or_the_text(fit_refused, checkpoint, arguments, words):
@@ -384,8 +413,8 @@ def test_what_does_not_fit_the_model_or_the_text(fit_refused, checkpoint, argume
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("accelerator", ["cuda", "gpu"])
 def test_a_gpu_that_is_not_there(fit_refused, refused, checkpoint, accelerator):
-    fit_refused(checkpoint, [f"--trainer.accelerator={accelerator}"], "accelerator", accelerator, "cpu")
-    refused(["test", f"--checkpoint={checkpoint}", f"--accelerator={accelerator}"], "accelerator", accelerator)
+    fit_refused(checkpoint, [f"--trainer.accelerator={accelerator}"], "trainer.accelerator", accelerator, "cpu")
+    refused(["test", f"--checkpoint={checkpoint}", f"--accelerator={accelerator}"], " accelerator:", accelerator)
 
 
 # --- the run directory ------------------------------------------------------------------------------------------------
