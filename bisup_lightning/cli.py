@@ -24,6 +24,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
 from bisup_lightning.calibrate.analysis import analyze_run
+from bisup_lightning.calibrate.budget import check_folder
 from bisup_lightning.calibrate.checkpoint_io import WholeFileIO
 from bisup_lightning.calibrate.dry_run import dry_run
 from bisup_lightning.calibrate.events import WalkCallback
@@ -108,9 +109,9 @@ def check_values(config: Namespace) -> None:
     Raises:
         UserError: Naming the key.
     """
-    for place in ("weights", "activations", "kv"):
     if config.solver is None:
         raise UserError("solver: none is given; begin with --config configs/base.yaml, or give BiSup, GPTQ or RTN")
+    for place in ("weights", "activations", "kv"):
         if (spec := config.precision[place]) is not None:
             try:
                 QuantSpec(**vars(spec))
@@ -266,6 +267,8 @@ def run(arguments: Sequence[str], signals: Signals) -> int:
     elif command == "report":
         console.print(f"report: {write_report(options.run_dir)}")
     else:
+        if options.output is not None:
+            check_folder("output", options.output)
         runs = {str(path): Run.read(path) for path in options.runs}
         console.print(comparison_table({name: run.results for name, run in runs.items()}))
         tables = tables_of(list(runs.values()))

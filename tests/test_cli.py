@@ -424,8 +424,27 @@ def test_a_gpu_that_is_not_there(fit_refused, refused, checkpoint, accelerator):
 def test_a_run_dir_that_is_a_file_stays_one(refused, fit_arguments, checkpoint, tmp_path, below):
     file = tmp_path / "file"
     file.write_text("mine")
-    refused(fit_arguments(checkpoint, file / below), str(file))
+    refused(fit_arguments(checkpoint, file / below), "run_dir", str(file))
     assert file.read_text() == "mine"
+
+
+@pytest.mark.parametrize("below", [".", "sub/sub"])
+def test_a_run_dir_that_cannot_be_written(refused, fit_arguments, checkpoint, tmp_path, monkeypatch, below):
+    run = tmp_path / below
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)  # as it is for others than root
+    before = traces(tmp_path)
+    refused(fit_arguments(checkpoint, run), f"run_dir: {run} can't be written", str(tmp_path))
+    assert traces(tmp_path) == before
+
+
+def test_a_run_dir_that_cannot_be_made_after_all(refused, fit_arguments, checkpoint, tmp_path, monkeypatch):
+    def fail(*arguments, **settings):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.mkdir", fail)
+    refused(
+        fit_arguments(checkpoint, tmp_path / "run"), f"run_dir: {tmp_path / 'run'} can't be made: Permission denied"
+    )
 
 
 def test_a_foreign_directory_stays_as_it_is(refused, fit_arguments, checkpoint, tmp_path):
@@ -526,6 +545,13 @@ def test_a_run_whose_model_has_lost_its_tokenizer(refused, finished, tmp_path, c
     for file in (run / "model").glob("tokenizer*"):
         file.unlink()
     refused([word.format(run) for word in command.split(" ")], str(run), "tokenizer")
+
+
+def test_compare_names_an_output_that_is_no_folder(refused, finished, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    refused(["compare", str(finished[0]), f"--output={file}"], "output", str(file), "no folder")
+    assert file.read_text() == "mine"
 
 
 def test_compare_names_the_run_that_is_not_finished(refused, finished, unfinished):
