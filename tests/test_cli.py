@@ -82,6 +82,7 @@ def fit_refused(refused, fit_arguments, tmp_path):
 
 # --- values and keys --------------------------------------------------------------------------------------------------
 
+SAVES_EVERY = "--trainer.callbacks=[{{class_path: callbacks.checkpoint.BlockCheckpoint, init_args: {{{}}}}}]"
 IMPOSSIBLE = [
     ("--precision.weights.bits=1", "precision.weights.bits"),
     ("--precision.weights.bits=9", "precision.weights.bits"),
@@ -97,6 +98,9 @@ IMPOSSIBLE = [
     ("--data.num_samples=-1", "data.num_samples"),
     ("--data.num_samples=0", "data.num_samples"),
     ("--data.seq_len=-32", "data.seq_len"),
+    ("--data.seq_len=1", "data.seq_len must be at least 2"),
+    ("--data.seq_len=513", "data.seq_len: 513", "512 positions"),
+    ("--evaluation.seq_len=513", "evaluation.seq_len: 513", "512 positions"),
     ("--data.batch_size=0", "data.batch_size"),
     ("--evaluation.max_chunks=-2", "evaluation.max_chunks"),
     ("--evaluation.batch_size=0", "evaluation.batch_size"),
@@ -112,6 +116,7 @@ IMPOSSIBLE = [
     ("--solver.activation_clip=1.5", "solver.activation_clip"),
     ("--solver.theta.rank=0", "rank"),
     ("--solver.theta.rank=-3", "rank"),
+    ("--solver.theta.rank=65", "solver.theta.rank: 65 is above 64"),
     ("--solver.optimization.clip_lr=-1", "clip_lr"),
     ("--solver.optimization.low_rank_lr=-0.1", "low_rank_lr"),
     ("--solver.optimization.weight_decay=-1", "weight_decay"),
@@ -121,6 +126,9 @@ IMPOSSIBLE = [
     ("--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint", "trainer", "ModelCheckpoint"),
     ("--seed=99999999999999999999999", "seed"),
     ("--prompt.kind=text", "prompt.text"),
+    ("--prompt.text=hello", "prompt.text", "prompt.kind"),
+    (SAVES_EVERY.format("every_n_seconds: -1"), "trainer.callbacks", "every_n_seconds"),
+    (SAVES_EVERY.format("streams_every_n_seconds: .nan"), "trainer.callbacks", "streams_every_n_seconds"),
 ]
 WRONG = [
     ("--data.num_samples=abc", "data.num_samples"),
@@ -286,6 +294,34 @@ def test_a_damaged_configuration(fit_refused, altered, text):
     fit_refused(altered, [], "checkpoint", str(altered))
 
 
+def change_configuration(folder, **settings):
+    """Set entries of a checkpoint's config.json."""
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+
+
+@pytest.mark.parametrize("calibration", ["self", None])
+@pytest.mark.parametrize("method", ["gptq", "bisup"])
+def test_a_configuration_that_calls_its_weights_quantized(fit_refused, altered, text_file, method, calibration):
+    change_configuration(altered, quantization_config={"quant_method": method, "bits": 4})
+    arguments = [f"--data.calibration={calibration or text_file}"]
+    fit_refused(altered, arguments, "checkpoint", str(altered / "config.json"), f"quantization_config ({method})")
+
+
+@pytest.mark.parametrize("token", [8192, -1])
+@pytest.mark.parametrize("key", ["data.calibration=self", "evaluation.perplexity=[self]"])
+def test_a_first_token_that_the_model_does_not_know(fit_refused, altered, key, token):
+    change_configuration(altered, bos_token_id=token)
+    fit_refused(altered, [f"--{key}"], key.split("=")[0], "bos_token_id", str(token), "8191")
+
+
+def test_positions_that_are_stretched_count(fit_refused, altered):
+    stretched = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128}
+    change_configuration(altered, max_position_embeddings=128, rope_parameters=stretched)
+    fit_refused(altered, ["--data.seq_len=513"], "data.seq_len: 513", "512 positions")
+    fit_refused(altered, ["--data.seq_len=512", "--blocks=0:1"], "blocks")  # refused for what comes behind it
+
+
 def test_truncated_weights(fit_refused, altered):
     content = (altered / WEIGHTS).read_bytes()
     (altered / WEIGHTS).write_bytes(content[: len(content) // 2])
@@ -360,7 +396,7 @@ def test_an_unreadable_text(fit_refused, checkpoint, tmp_path, key, name, conten
     file = tmp_path / name
     file.write_bytes(content)
     value = f"[{file}]" if key == "evaluation.perplexity" else file
-    fit_refused(checkpoint, [f"--{key}={value}"], str(file), *words)
+    fit_refused(checkpoint, [f"--{key}={value}"], key, str(file), *words)
 
 
 @pytest.mark.parametrize("argument", ["--data.calibration=wikitext2", "--evaluation.perplexity=[c4_new]"])
@@ -369,7 +405,8 @@ def test_a_named_set_that_cannot_be_fetched(fit_refused, checkpoint, monkeypatch
         raise ConnectionError("Couldn't reach the Hub\nafter five\ntries")
 
     monkeypatch.setattr("datasets.load_dataset", unreachable)
-    fit_refused(checkpoint, [argument], argument.split("=")[1].strip("[]"), "Couldn't reach the Hub", "local file")
+    key, source = argument.strip("-").split("=")
+    fit_refused(checkpoint, [argument], key, source.strip("[]"), "Couldn't reach the Hub", "local file")
 
 
 def test_a_system_prompt_without_a_chat_template(fit_refused, checkpoint):
