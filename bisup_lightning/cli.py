@@ -24,6 +24,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
 from bisup_lightning.calibrate.analysis import analyze_run
+from bisup_lightning.calibrate.budget import check_folder
 from bisup_lightning.calibrate.checkpoint_io import WholeFileIO
 from bisup_lightning.calibrate.dry_run import dry_run
 from bisup_lightning.calibrate.events import WalkCallback
@@ -59,12 +60,12 @@ HARMLESS = (
 )  # fmt: skip
 
 
-def device_for(accelerator: Any) -> torch.device:
-    """The device of Lightning's accelerator name."""
+def device_for(accelerator: Any, key: str = "accelerator") -> torch.device:
+    """The device of Lightning's accelerator name, given for a key."""
     if accelerator not in ("auto", "cpu", "gpu", "cuda"):
-        raise UserError(f"accelerator: {accelerator} is not supported; choose auto, cpu, gpu or cuda")
+        raise UserError(f"{key}: {accelerator} is not supported; choose auto, cpu, gpu or cuda")
     if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
-        raise UserError(f"accelerator: {accelerator} is asked for, but torch sees no CUDA device; use cpu or auto")
+        raise UserError(f"{key}: {accelerator} is asked for, but torch sees no CUDA device; use cpu or auto")
     if accelerator == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
@@ -109,6 +110,8 @@ def check_values(config: Namespace) -> None:
     Raises:
         UserError: Naming the key.
     """
+    if config.solver is None:
+        raise UserError("solver: none is given; begin with --config configs/base.yaml, or give BiSup, GPTQ or RTN")
     for place in ("weights", "activations", "kv"):
         if (spec := config.precision[place]) is not None:
             try:
@@ -132,7 +135,7 @@ def processes(config: Namespace) -> int:
         UserError: If it has no devices for so many, or they have nothing to do.
     """
     wanted, mode = config.trainer.devices, config.parallel.mode
-    on_gpu = device_for(config.trainer.accelerator).type == "cuda"
+    on_gpu = device_for(config.trainer.accelerator, "trainer.accelerator").type == "cuda"
     there = torch.cuda.device_count() if on_gpu else None
     if wanted == "auto":
         return 1 if mode == "none" or there is None else there
@@ -271,6 +274,8 @@ def run(arguments: Sequence[str], signals: Signals) -> int:
     elif command == "report":
         console.print(f"report: {write_report(options.run_dir)}")
     else:
+        if options.output is not None:
+            check_folder("output", options.output)
         runs = {str(path): Run.read(path) for path in options.runs}
         tables = tables_of(list(runs.values()))
         console.print(comparison_table({name: run.results for name, run in runs.items()}))

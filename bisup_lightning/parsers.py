@@ -18,6 +18,7 @@ from bisup_lightning.data.prompt import Prompt
 from bisup_lightning.data.streams import Streams
 from bisup_lightning.evaluate.perplexity import Evaluation
 from bisup_lightning.quant.spec import Precision
+from bisup_lightning.transform import reorder, rotate  # noqa: F401  whose classes are then known by their names alone
 from bisup_lightning.transform.transform import NoTransform, Transform
 
 # What remains of Lightning's Trainer once the walk has decided the rest.

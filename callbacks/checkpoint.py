@@ -24,6 +24,9 @@ class BlockCheckpoint(WalkCallback):
     saves_blocks = True
 
     def __init__(self, every_n_seconds: float = 60.0, streams_every_n_seconds: float = 600.0) -> None:
+        for name, seconds in {"every": every_n_seconds, "streams_every": streams_every_n_seconds}.items():
+            if not seconds >= 0:
+                raise ValueError(f"trainer.callbacks: {name}_n_seconds must be 0 or more, not {seconds}")
         self.every_n_seconds, self.streams_every_n_seconds = every_n_seconds, streams_every_n_seconds
 
     def on_walk_start(self, walk: BlockWalk) -> None:

@@ -82,6 +82,7 @@ def fit_refused(refused, fit_arguments, tmp_path):
 
 # --- values and keys --------------------------------------------------------------------------------------------------
 
+SAVES_EVERY = "--trainer.callbacks=[{{class_path: callbacks.checkpoint.BlockCheckpoint, init_args: {{{}}}}}]"
 IMPOSSIBLE = [
     ("--precision.weights.bits=1", "precision.weights.bits"),
     ("--precision.weights.bits=9", "precision.weights.bits"),
@@ -97,6 +98,9 @@ IMPOSSIBLE = [
     ("--data.num_samples=-1", "data.num_samples"),
     ("--data.num_samples=0", "data.num_samples"),
     ("--data.seq_len=-32", "data.seq_len"),
+    ("--data.seq_len=1", "data.seq_len must be at least 2"),
+    ("--data.seq_len=513", "data.seq_len: 513", "512 positions"),
+    ("--evaluation.seq_len=513", "evaluation.seq_len: 513", "512 positions"),
     ("--data.batch_size=0", "data.batch_size"),
     ("--evaluation.max_chunks=-2", "evaluation.max_chunks"),
     ("--evaluation.batch_size=0", "evaluation.batch_size"),
@@ -112,6 +116,7 @@ IMPOSSIBLE = [
     ("--solver.activation_clip=1.5", "solver.activation_clip"),
     ("--solver.theta.rank=0", "rank"),
     ("--solver.theta.rank=-3", "rank"),
+    ("--solver.theta.rank=65", "solver.theta.rank: 65 is above 64"),
     ("--solver.optimization.clip_lr=-1", "clip_lr"),
     ("--solver.optimization.low_rank_lr=-0.1", "low_rank_lr"),
     ("--solver.optimization.weight_decay=-1", "weight_decay"),
@@ -121,6 +126,9 @@ IMPOSSIBLE = [
     ("--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint", "trainer", "ModelCheckpoint"),
     ("--seed=99999999999999999999999", "seed"),
     ("--prompt.kind=text", "prompt.text"),
+    ("--prompt.text=hello", "prompt.text", "prompt.kind"),
+    (SAVES_EVERY.format("every_n_seconds: -1"), "trainer.callbacks", "every_n_seconds"),
+    (SAVES_EVERY.format("streams_every_n_seconds: .nan"), "trainer.callbacks", "streams_every_n_seconds"),
 ]
 WRONG = [
     ("--data.num_samples=abc", "data.num_samples"),
@@ -135,15 +143,23 @@ WRONG = [
     ("--trainer.logger=foo", "trainer.logger"),
     ("--trainer.gradient_clip_val=abc", "trainer.gradient_clip_val"),
     ("--data.nonsense=3", "data.nonsense"),
+    ("--data.num_sample=8", "no key data.num_sample; did you mean data.num_samples?"),  # not taken for it, either
+    ("--evaluation.m=1", "no key evaluation.m"),
+    ("--solver.epoch=3", "solver: there is no key epoch; did you mean epochs?"),
+    ("--solver.theta.rnk=3", "solver: there is no key theta.rnk; did you mean theta.rank?"),
     ("--nonsense=3", "nonsense"),
     ("--solver.nonsense=3", "nonsense"),
     ("--transform.nonsense=3", "nonsense"),
     ("--trainer.max_epochs=3", "trainer.max_epochs"),
     ("--solver=bisup_lightning.calibrate.solvers.Nope", "solver", "Nope"),
-    ("--solver=Nope", "solver", "Nope"),
+    ("--solver=Nope", "solver: Nope is no known class"),
+    ("--solver=null", "solver: none is given", "configs/base.yaml"),
+    ("--solver.theta=null", "solver.theta: must not be null"),
+    ("--solver.optimization=null", "solver.optimization: must not be null"),
+    ("--transform=null", "transform", "None"),
     ("--solver=no.such.module.Solver", "solver", "no.such.module"),
-    ("--solver=torch.nn.Linear", "solver", "torch.nn.Linear"),
-    ("--transform=Nope", "transform", "Nope"),
+    ("--solver=torch.nn.Linear", "solver: torch.nn.Linear is not trusted", "--trust_classes_from torch.nn"),
+    ("--transform=Nope", "transform: Nope is no known class"),
     ("--trainer.callbacks+=Nope", "trainer.callbacks", "Nope"),
     ("--config=/no/such.yaml", "/no/such.yaml"),
 ]
@@ -170,16 +186,37 @@ def test_the_line_is_written_for_a_person(fit_refused, checkpoint, argument):
     [
         ("data: {nonsense: 3}\n", ["data.nonsense"]),
         ("nonsense: 3\n", ["nonsense"]),
+        ("data: {num_sample: 3}\n", ["data.num_sample; did you mean data.num_samples?"]),
         ("data: {num_samples: many}\n", ["data.num_samples"]),
         ("solver: {class_path: Nope}\n", ["solver", "Nope"]),
-        ("data: [1,\n b\n", []),
+        ("solver: {init_args: {epoch: 3}}\n", ["solver", "epoch; did you mean epochs?"]),
+        ("precision: {weights: null}\n", ["precision.weights: must not be null"]),
+        ("data: [1,\n b\n", ["line 3"]),
         ("- 1\n- 2\n", []),
+        ("", ["holds no keys"]),
+        ("# nothing\n", ["holds no keys"]),
+        ("seed: 1\ndata: {seq_len: 3, num_samples: 4, seq_len: 5}\n", ["seq_len is given more than once", "line 2"]),
     ],
 )
-def test_a_bad_file_is_refused(fit_refused, checkpoint, tmp_path, text, words):
-    file = tmp_path / "bad.yaml"
-    file.write_text(text)
-    fit_refused(checkpoint, [f"--config={file}"], *words)
+def test_a_bad_file_is_refused_by_its_name(fit_refused, checkpoint, tmp_path, text, words):
+    """Also where several files compose."""
+    bad, good = tmp_path / "bad.yaml", tmp_path / "good.yaml"
+    bad.write_text(text)
+    good.write_text("seed: 3\n")
+    fit_refused(checkpoint, [f"--config={good}", f"--config={bad}", f"--config={good}"], "config: ", str(bad), *words)
+
+
+@pytest.mark.parametrize("name", ["Atom", "QuaRot", "NoTransform"])
+def test_a_transform_is_known_by_its_name_alone(name):
+    """As a solver is."""
+    options = ["fit", "--checkpoint=model", "--run_dir=run", f"--transform={name}"]
+    assert build_parser().parse_args(options).fit.transform.class_path.endswith(f".{name}")
+
+
+def test_no_solver_is_said_with_what_has_one(refused, checkpoint, tmp_path):
+    given = ["fit", f"--checkpoint={checkpoint}", f"--run_dir={tmp_path / 'never'}", "--data.calibration=self"]
+    refused(given, "solver: none is given", "configs/base.yaml", "BiSup")
+    assert not (tmp_path / "never").exists()
 
 
 def test_nothing_to_learn_is_refused(fit_refused, checkpoint):
@@ -257,6 +294,34 @@ def test_a_damaged_configuration(fit_refused, altered, text):
     fit_refused(altered, [], "checkpoint", str(altered))
 
 
+def change_configuration(folder, **settings):
+    """Set entries of a checkpoint's config.json."""
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+
+
+@pytest.mark.parametrize("calibration", ["self", None])
+@pytest.mark.parametrize("method", ["gptq", "bisup"])
+def test_a_configuration_that_calls_its_weights_quantized(fit_refused, altered, text_file, method, calibration):
+    change_configuration(altered, quantization_config={"quant_method": method, "bits": 4})
+    arguments = [f"--data.calibration={calibration or text_file}"]
+    fit_refused(altered, arguments, "checkpoint", str(altered / "config.json"), f"quantization_config ({method})")
+
+
+@pytest.mark.parametrize("token", [8192, -1])
+@pytest.mark.parametrize("key", ["data.calibration=self", "evaluation.perplexity=[self]"])
+def test_a_first_token_that_the_model_does_not_know(fit_refused, altered, key, token):
+    change_configuration(altered, bos_token_id=token)
+    fit_refused(altered, [f"--{key}"], key.split("=")[0], "bos_token_id", str(token), "8191")
+
+
+def test_positions_that_are_stretched_count(fit_refused, altered):
+    stretched = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128}
+    change_configuration(altered, max_position_embeddings=128, rope_parameters=stretched)
+    fit_refused(altered, ["--data.seq_len=513"], "data.seq_len: 513", "512 positions")
+    fit_refused(altered, ["--data.seq_len=512", "--blocks=0:1"], "blocks")  # refused for what comes behind it
+
+
 def test_truncated_weights(fit_refused, altered):
     content = (altered / WEIGHTS).read_bytes()
     (altered / WEIGHTS).write_bytes(content[: len(content) // 2])
@@ -331,7 +396,7 @@ def test_an_unreadable_text(fit_refused, checkpoint, tmp_path, key, name, conten
     file = tmp_path / name
     file.write_bytes(content)
     value = f"[{file}]" if key == "evaluation.perplexity" else file
-    fit_refused(checkpoint, [f"--{key}={value}"], str(file), *words)
+    fit_refused(checkpoint, [f"--{key}={value}"], key, str(file), *words)
 
 
 @pytest.mark.parametrize("argument", ["--data.calibration=wikitext2", "--evaluation.perplexity=[c4_new]"])
@@ -340,7 +405,8 @@ def test_a_named_set_that_cannot_be_fetched(fit_refused, checkpoint, monkeypatch
         raise ConnectionError("Couldn't reach the Hub\nafter five\ntries")
 
     monkeypatch.setattr("datasets.load_dataset", unreachable)
-    fit_refused(checkpoint, [argument], argument.split("=")[1].strip("[]"), "Couldn't reach the Hub", "local file")
+    key, source = argument.strip("-").split("=")
+    fit_refused(checkpoint, [argument], key, source.strip("[]"), "Couldn't reach the Hub", "local file")
 
 
 def test_a_system_prompt_without_a_chat_template(fit_refused, checkpoint):
@@ -374,7 +440,7 @@ def test_a_chat_template_that_knows_no_system_message(fit_refused, altered):
         ([ATOM, "--transform.outliers=8", "--precision.weights.group_size=16"], ["precision.weights", "16", "56"]),
         ([GPTQ, "--solver.damp=-1"], ["solver.damp"]),
         ([GPTQ, "--solver.blocksize=0"], ["solver.blocksize"]),
-        (["--trainer.accelerator=foo"], ["accelerator", "foo"]),
+        (["--trainer.accelerator=foo"], ["trainer.accelerator", "foo"]),
     ],
 )
 def test_what_does_not_fit_the_model_or_the_text(fit_refused, checkpoint, arguments, words):
@@ -384,8 +450,8 @@ def test_what_does_not_fit_the_model_or_the_text(fit_refused, checkpoint, argume
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("accelerator", ["cuda", "gpu"])
 def test_a_gpu_that_is_not_there(fit_refused, refused, checkpoint, accelerator):
-    fit_refused(checkpoint, [f"--trainer.accelerator={accelerator}"], "accelerator", accelerator, "cpu")
-    refused(["test", f"--checkpoint={checkpoint}", f"--accelerator={accelerator}"], "accelerator", accelerator)
+    fit_refused(checkpoint, [f"--trainer.accelerator={accelerator}"], "trainer.accelerator", accelerator, "cpu")
+    refused(["test", f"--checkpoint={checkpoint}", f"--accelerator={accelerator}"], " accelerator:", accelerator)
 
 
 # --- the run directory ------------------------------------------------------------------------------------------------
@@ -395,8 +461,27 @@ def test_a_gpu_that_is_not_there(fit_refused, refused, checkpoint, accelerator):
 def test_a_run_dir_that_is_a_file_stays_one(refused, fit_arguments, checkpoint, tmp_path, below):
     file = tmp_path / "file"
     file.write_text("mine")
-    refused(fit_arguments(checkpoint, file / below), str(file))
+    refused(fit_arguments(checkpoint, file / below), "run_dir", str(file))
     assert file.read_text() == "mine"
+
+
+@pytest.mark.parametrize("below", [".", "sub/sub"])
+def test_a_run_dir_that_cannot_be_written(refused, fit_arguments, checkpoint, tmp_path, monkeypatch, below):
+    run = tmp_path / below
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)  # as it is for others than root
+    before = traces(tmp_path)
+    refused(fit_arguments(checkpoint, run), f"run_dir: {run} can't be written", str(tmp_path))
+    assert traces(tmp_path) == before
+
+
+def test_a_run_dir_that_cannot_be_made_after_all(refused, fit_arguments, checkpoint, tmp_path, monkeypatch):
+    def fail(*arguments, **settings):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.mkdir", fail)
+    refused(
+        fit_arguments(checkpoint, tmp_path / "run"), f"run_dir: {tmp_path / 'run'} can't be made: Permission denied"
+    )
 
 
 def test_a_foreign_directory_stays_as_it_is(refused, fit_arguments, checkpoint, tmp_path):
@@ -508,6 +593,13 @@ def test_a_run_whose_model_has_lost_its_tokenizer(refused, finished, tmp_path, c
     for file in (run / "model").glob("tokenizer*"):
         file.unlink()
     refused([word.format(run) for word in command.split(" ")], str(run), "tokenizer")
+
+
+def test_compare_names_an_output_that_is_no_folder(refused, finished, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    refused(["compare", str(finished[0]), f"--output={file}"], "output", str(file), "no folder")
+    assert file.read_text() == "mine"
 
 
 def test_compare_names_the_run_that_is_not_finished(refused, finished, unfinished):

@@ -184,6 +184,20 @@ def test_a_value_of_another_type_is_refused_by_its_key(file_refused, key, kind, 
     check()
 
 
+NOT_NULL = [(key, nest) for key, kind, nest in LEAVES if not {type(None), typing.Any} & set(parts(kind))]
+
+
+@pytest.mark.parametrize(("key", "nest"), NOT_NULL, ids=[key for key, _ in NOT_NULL])
+def test_a_null_is_refused_by_its_key(file_refused, key, nest):
+    line = file_refused(nest(None), key.split(".")[0], key.split(".")[-1])
+    assert "NoneType" not in line
+
+
+@pytest.mark.parametrize("key", ["precision", "data", "prompt", "evaluation", "parallel", "trainer", "transform"])
+def test_nothing_for_a_group_of_keys_is_refused_by_its_name(file_refused, key):
+    file_refused({key: None}, f"{key}: must not be null")
+
+
 NUMBERS = [(key, kind, nest) for key, kind, nest in LEAVES if {int, float} & set(parts(kind))]
 
 
@@ -291,6 +305,10 @@ def test_a_file_cannot_grant_trust(file_refused, stranger):
 @pytest.mark.parametrize("module", ["", "*", "a b", "jsonargparse", "../stranger"])
 def test_trust_needs_a_module(refused, module):
     refused([f"--trust_classes_from={module}"], "--trust_classes_from", "name a module")
+
+
+def test_trust_in_nothing(refused):
+    refused(["--trust_classes_from"], "--trust_classes_from", "name a module")
 
 
 def test_test_does_not_import_what_a_runs_configuration_names(make_checkpoint, text_file, stranger, tmp_path, capsys):

@@ -120,16 +120,38 @@ def _stored(tensors: Mapping[str, Tensor], storage_dtype: torch.dtype) -> int:
 
 def free_disk_bytes(folder: Path) -> int:
     """Room where a folder is or would be made."""
-    folder = folder.absolute()
-    return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+    return shutil.disk_usage(_nearest(folder)).free
+
+
+def _nearest(folder: Path) -> Path:
+    """The path itself, or the first above it that is there."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+
+
+def check_folder(key: str, folder: Path) -> None:
+    """Refuse a folder that can't be written, or can't be made, before any work.
+
+    Args:
+        key: The configuration key or option that names it.
+        folder: Its path.
+
+    Raises:
+        UserError: Naming the key and what is in the way.
+    """
+    there = _nearest(folder)
+    if not there.is_dir():
+        raise UserError(f"{key}: {folder} can't be written, as {there} is no folder; name another")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{key}: {folder} can't be written, as {there} is not yours to write in; name another")
 
 
 def check_room(budget: Budget, device: torch.device, run_dir: Path) -> None:
-    """Refuse at once what can't fit. What passes may still not fit: a budget holds what is certain alone.
+    """Refuse at once what can't be written or can't fit. A budget holds what is certain alone: more may not fit.
 
     Raises:
         UserError: With what is needed, what is there, and the setting that would make it fit.
     """
+    check_folder("run_dir", run_dir)
     shorter, smaller = "give a smaller data.seq_len", "give a smaller data.num_samples or data.seq_len"
     if budget.on_gpu:
         key, remedy = ("streams", "give --streams host") if budget.place == "device" else ("data.seq_len", shorter)

@@ -14,7 +14,7 @@ from bisup_lightning.calibrate.events import WalkCallback
 from bisup_lightning.calibrate.parallel import Parallel, Ranks
 from bisup_lightning.calibrate.run_reader import THETA, Resume, RunReader
 from bisup_lightning.calibrate.signals import Signals
-from bisup_lightning.calibrate.solvers import Solver
+from bisup_lightning.calibrate.solvers import BiSup, Solver
 from bisup_lightning.data import corpus
 from bisup_lightning.data.corpus import CalibrationData
 from bisup_lightning.data.prompt import Prompt
@@ -113,6 +113,8 @@ def check(job: Job, plain: BlockwiseModel, scheme: Scheme) -> None:
     except ValueError as error:
         raise UserError(str(error)) from error
     check_tokens(job, plain)
+    check_rank(job.solver, plain.family.layer_shapes(0))
+    plain.family.check_length("data.seq_len", job.data.seq_len)
     if (stages := job.arrangement()[0]) > plain.num_layers:
         raise UserError(
             f"parallel.mode: {stages} stages are more than the model's {plain.num_layers} blocks; start fewer"
@@ -151,6 +153,21 @@ def check_tokens(job: Job, fp: BlockwiseModel) -> None:
                 f"{key}: {type(part).__name__} needs at least {needed} calibration tokens, one for each channel; "
                 f"data.num_samples × data.seq_len is {tokens}"
             )
+
+
+def check_rank(solver: Solver, shapes: Mapping[str, torch.Size]) -> None:
+    """Refuse matrices A and B of a higher rank than any weight has: they could learn nothing more.
+
+    Args:
+        solver: The solver.
+        shapes: Of a block's tensors.
+
+    Raises:
+        UserError: With the highest rank.
+    """
+    most = max(min(shape) for shape in shapes.values() if len(shape) == 2)
+    if isinstance(solver, BiSup) and solver.theta.low_rank != "none" and solver.theta.rank > most:
+        raise UserError(f"solver.theta.rank: {solver.theta.rank} is above {most}, the highest that a weight can have")
 
 
 def compiles(job: Job, plain: BlockwiseModel) -> bool:

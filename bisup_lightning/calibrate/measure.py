@@ -49,6 +49,7 @@ def evaluation_sets(
     sets = {}
     for source in wanted.perplexity:
         corpus.check_source("evaluation.perplexity", source)
+        fp.family.check_length("evaluation.seq_len", length)
         if source == "self":
             count, folder = wanted.max_chunks or 64, fp.checkpoint.folder
             sets[source] = corpus.self_generated(folder, count, length, seed + corpus.HELD_OUT, fp.device)

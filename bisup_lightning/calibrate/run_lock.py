@@ -49,7 +49,10 @@ class RunLock:
 
     def claim(self) -> None:
         """Say in the directory, which is made if it is missing, that this process works there from now on."""
-        self.run_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"run_dir: {self.run_dir} can't be made: {error.strerror}; name another") from error
         if self._descriptor is None:
             self._lock()
         who = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}

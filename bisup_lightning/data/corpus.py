@@ -39,9 +39,9 @@ class CalibrationData:
 
     def __post_init__(self) -> None:
         check_source("data.calibration", self.calibration)
-        for name in ("num_samples", "seq_len", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"data.{name} must be at least 1, not {getattr(self, name)}")
+        for name, least in {"num_samples": 1, "seq_len": 2, "batch_size": 1}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"data.{name} must be at least {least}, not {getattr(self, name)}")
 
 
 def check_source(key: str, source: str) -> None:
@@ -59,21 +59,24 @@ def check_source(key: str, source: str) -> None:
         raise UserError(f"{key}: there is no file {source}")
 
 
-def documents(source: str, split: str) -> list[str]:
+def documents(key: str, source: str, split: str) -> list[str]:
     """The texts of a named set's split (`train`, `validation` or `test`) or of a local file (whatever the split).
 
     Raises:
-        UserError: If the set can't be fetched or the file holds no text.
+        UserError: If the set can't be fetched or the file holds no text; names the configuration key.
     """
     path = Path(source)
-    if path.suffix in (".txt", ".raw"):
-        texts = [_read(path)]
-    elif path.suffix == ".jsonl":
-        texts = _json_lines(path)
-    else:
-        texts = _dataset(source, split)
+    try:
+        if path.suffix in (".txt", ".raw"):
+            texts = [_read(path)]
+        elif path.suffix == ".jsonl":
+            texts = _json_lines(path)
+        else:
+            texts = _dataset(source, split)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error
     if not any(texts):
-        raise UserError(f"{source} holds no text")
+        raise UserError(f"{key}: {source} holds no text")
     return texts
 
 
@@ -114,7 +117,7 @@ def _dataset(source: str, split: str) -> list[str]:
     except KeyError as error:
         raise UserError(f"{source} has no column 'text'") from error
     except Exception as error:  # the library raises many kinds for an unreachable network
-        raise UserError(f"{source}: can't be loaded ({first_line(error)}); give a local file instead") from error
+        raise UserError(f"{source} can't be loaded ({first_line(error)}); give a local file instead") from error
     for number, text in enumerate(texts):
         if not isinstance(text, str):
             raise UserError(f"{source}: row {number} has no words in its column 'text'")
@@ -134,7 +137,7 @@ def calibration_tokens(data: CalibrationData, tokenizer: PreTrainedTokenizerBase
     """
     source, length = data.calibration, data.seq_len
     generator = torch.Generator().manual_seed(seed)
-    texts = documents(source, "train")
+    texts = documents("data.calibration", source, "train")
     if source in ("c4", "c4_new"):  # far more text than is needed: join a random part of it
         texts = [texts[i] for i in torch.randperm(len(texts), generator=generator)[: 8 * data.num_samples].tolist()]
     ids = tokenize("\n\n".join(texts), tokenizer)
@@ -157,7 +160,7 @@ def evaluation_tokens(source: str, tokenizer: PreTrainedTokenizerBase, seq_len: 
     Raises:
         UserError: If the text is shorter than one chunk.
     """
-    texts = documents(source, "validation" if source.startswith("c4") else "test")
+    texts = documents("evaluation.perplexity", source, "validation" if source.startswith("c4") else "test")
     if source == "c4":
         return _random_slices(texts, tokenizer, seq_len)[:max_chunks]
     joined = " ".join(texts[:1100]) if source == "c4_new" else "\n\n".join(texts)
@@ -198,8 +201,12 @@ def self_generated(
     """
     model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, trust_remote_code=False)
     model = model.to(device).eval()  # type: ignore[arg-type]  # a wrong stub
-    if (bos := model.config.bos_token_id) is None:
-        raise UserError("data.calibration: self needs a model with a bos_token_id in config.json; give a text file")
+    bos, known = model.config.bos_token_id, model.config.vocab_size
+    if bos is None or not 0 <= bos < known:
+        raise UserError(
+            "data.calibration, evaluation.perplexity: self needs a model whose config.json has a bos_token_id "
+            f"from 0 to {known - 1}, not {bos}; give a text file"
+        )
     # A checkpoint's own habits (penalties, top-k, …) would bend the text.
     model.generation_config = GenerationConfig(
         do_sample=True,

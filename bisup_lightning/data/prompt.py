@@ -25,6 +25,8 @@ class Prompt:
     def __post_init__(self) -> None:
         if self.kind == "text" and not self.text:
             raise ValueError("prompt.text must be given when prompt.kind is text")
+        if self.kind == "bos" and self.text is not None:
+            raise ValueError("prompt.text has no place in a prompt.kind of bos; choose text or system for it")
 
     def ids(self, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> list[int]:
         """The prompt's token ids.

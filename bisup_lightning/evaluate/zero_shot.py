@@ -1,8 +1,10 @@
 """Accuracy on zero-shot tasks through lm-eval, from the hub or from local rows (paper, Tables 2, A2–A5, A8–A10)."""
 
+import io
 import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -29,6 +31,7 @@ ROWS = {  # kinds of local rows, told apart by their keys
     "contexts": ("context_options", "continuation", "gold"),
     "continuation": ("context", "continuation"),
 }
+OPTIONS = ("choices", "context_options")  # their keys that hold what is chosen from, before `gold`
 RESULTS = "results.json"
 PUNCTUATION = ".,;:!?'"  # what follows a word without a space
 
@@ -184,14 +187,15 @@ def _evaluate(lm_eval: Any, model: Any, tasks: Sequence[str], limit: int | None)
     with tempfile.TemporaryDirectory() as folder:
         for name, path in files.items():  # lm-eval reads YAML, of which JSON is a part
             Path(folder, f"{name}.yaml").write_text(json.dumps(_task(name, path)), encoding="utf-8")
-        return lm_eval.simple_evaluate(
-            model=model,
-            tasks=[*fetch_tasks(tasks), *files],
-            limit=limit,
-            task_manager=TaskManager(include_path=folder, include_defaults=False),
-            log_samples=False,
-            bootstrap_iters=100,  # for a perplexity alone: the error of an accuracy has a formula
-        )
+        with redirect_stderr(io.StringIO()):  # its progress bars can't be turned off
+            return lm_eval.simple_evaluate(
+                model=model,
+                tasks=[*fetch_tasks(tasks), *files],
+                limit=limit,
+                task_manager=TaskManager(include_path=folder, include_defaults=False),
+                log_samples=False,
+                bootstrap_iters=100,  # for a perplexity alone: the error of an accuracy has a formula
+            )
 
 
 def _score(results: Mapping[str, Any], task: str) -> Score:
@@ -231,19 +235,57 @@ def _task(name: str, path: Path) -> dict[str, Any]:
 
 
 def _kind(path: Path) -> str:
+    """The kind of a file's rows, each of which is looked at.
+
+    Raises:
+        UserError: Naming the first line that is no row, or none of the first one's kind.
+    """
+    where = f"evaluation.zero_shot: {path}"
     try:
-        with path.open(encoding="utf-8") as file:
-            keys = set(json.loads(file.readline()))
-            alone = not file.readline().strip()
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"evaluation.zero_shot: {path} can't be read as rows of JSON ({error})") from error
-    if alone:
-        raise UserError(f"evaluation.zero_shot: {path} has one row, which tells nothing of an error; give more")
-    for kind, needed in ROWS.items():
-        if keys.issuperset(needed):
-            return kind
-    forms = "; ".join(", ".join(needed) for needed in ROWS.values())
-    raise UserError(f"evaluation.zero_shot: the rows of {path} have none of the forms: {forms}")
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{where} can't be read ({error})") from error
+    kinds = []
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                kinds.append(_kind_of_row(json.loads(line)))
+            except json.JSONDecodeError as error:
+                raise UserError(f"{where}: line {number} is no JSON ({error.msg})") from error
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{where}: line {number}: {error}") from error
+            if kinds[-1] != kinds[0]:
+                raise UserError(f"{where}: line {number} has not the keys of the first: {', '.join(ROWS[kinds[0]])}")
+    if len(kinds) < 2:
+        raise UserError(f"{where} has fewer than two rows, which tell nothing of an error; give more")
+    return kinds[0]
+
+
+def _kind_of_row(row: Any) -> str:
+    """The first kind whose keys a row has.
+
+    Raises:
+        ValueError: If there is none, or a value is not what its key asks for.
+    """
+    keys = set(row) if isinstance(row, dict) else set()
+    kind = next((kind for kind, needed in ROWS.items() if keys.issuperset(needed)), None)
+    if kind is None:
+        raise ValueError(f"has none of the forms: {'; '.join(', '.join(needed) for needed in ROWS.values())}")
+    options: Any = ()
+    for key in ROWS[kind]:
+        value = row[key]
+        if key in OPTIONS:
+            options, wanted = value, "a list of two or more texts"
+            right = isinstance(value, list) and len(value) > 1 and all(one and isinstance(one, str) for one in value)
+        elif key == "gold":
+            wanted = f"the place of the right one in that list, 0 to {len(options) - 1}"
+            right = type(value) is int and 0 <= value < len(options)
+        else:
+            wanted = "a text"
+            right = isinstance(value, str) and (value != "" or key != "continuation")
+        if not right:
+            raise ValueError(f"{key} must be {wanted}, not {json.dumps(value)[:60]}")
+    return kind
 
 
 def _name(task: str) -> str:

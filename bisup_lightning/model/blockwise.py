@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from bisup_lightning.errors import UserError
 from bisup_lightning.model.attention import FUSED_CAUSAL
 from bisup_lightning.model.block import build_layer, hold_dense, is_quantizers, pack_layer
 from bisup_lightning.model.checkpoint import Checkpoint
@@ -108,6 +109,11 @@ class BlockwiseModel:
         self.family = Family.of_folder(str(folder), self.checkpoint.num_layers, attention)
         self.device, self.scheme = device, scheme
         if scheme is None:
+            if self.family.quantizer is not None:
+                raise UserError(
+                    f"checkpoint: {folder}/config.json has a quantization_config ({self.family.quantizer}): the model "
+                    "is quantized already; give the full-precision one"
+                )
             self.checkpoint.check(self.family.shapes())
         self.storage_dtype = self.checkpoint.dtype()
         configured = cast(torch.dtype | None, self.family.config.dtype)  # transformers resolves its name

@@ -200,6 +200,27 @@ class Family:
         """The rotary embedding: (hidden, position_ids) to (cos, sin), on the CPU in float32."""
         return type(self._skeleton.model.rotary_emb)(config=self.config)
 
+    @property
+    def quantizer(self) -> str | None:
+        """The method by which the configuration says that the weights are quantized, if it does."""
+        quantization = getattr(self.config, "quantization_config", None) or {}
+        return quantization.get("quant_method", "an unnamed one") if quantization else None
+
+    def check_length(self, key: str, length: int) -> None:
+        """Refuse texts of more tokens than the model has positions; those of a prompt in front do not count.
+
+        Args:
+            key: The configuration key.
+            length: What it holds.
+
+        Raises:
+            UserError: With the number of positions.
+        """
+        stretched = (getattr(self.config, "rope_parameters", None) or {}).get("factor", 1)
+        most = int(self.config.max_position_embeddings * max(1, stretched))
+        if length > most:
+            raise UserError(f"{key}: {length} tokens are more than the model's {most} positions; give {most} or fewer")
+
     def sliding_window(self, index: int) -> int | None:
         """How many positions block `index` sees, itself included; None for all."""
         if self.config.model_type == "llama":  # its attention knows no window, whatever the configuration carries along

@@ -105,7 +105,7 @@ def test_every_place_of_the_text_can_be_drawn(tokenizer, tmp_path):
 def test_files_of_every_kind_give_the_same_tokens(tokenizer, tmp_path, suffix):
     """Documents joined by a blank line, one tokenizer call: also the rows of WikiText, many of them empty."""
     path = write(tmp_path, suffix, ROWS)
-    assert "\n\n".join(documents(str(path), "test")) == "\n\n".join(ROWS)
+    assert "\n\n".join(documents("data.calibration", str(path), "test")) == "\n\n".join(ROWS)
     ids = torch.tensor(tokenizer("\n\n".join(ROWS))["input_ids"])
     drawn = calibration_tokens(CalibrationData(str(path), 6, 40), tokenizer, 0)
     assert all(starts(ids, drawn))
@@ -117,14 +117,14 @@ def test_words_may_hold_any_separator_of_lines(tmp_path):
     text = "\n".join(json.dumps({"text": row}, ensure_ascii=False) for row in rows)
     for end in ("", "\n", "\r\n"):
         path.write_bytes((text.replace("\n", "\r\n" if "\r" in end else "\n") + end).encode())
-        assert documents(str(path), "train") == rows
+        assert documents("data.calibration", str(path), "train") == rows
 
 
 @pytest.mark.parametrize(("rows", "first"), [(["words", None], 1), ([1, 2], 0), ([["words"], ["more"]], 0)])
 def test_rows_without_words_are_named(tmp_path, rows, first):
     path = write(tmp_path, ".parquet", rows)
     with pytest.raises(UserError, match=f"rows.parquet: row {first} has no words"):
-        documents(str(path), "train")
+        documents("data.calibration", str(path), "train")
 
 
 def test_wikitext_is_calibrated_on_its_training_split(tokenizer, named):

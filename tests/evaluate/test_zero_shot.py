@@ -48,6 +48,9 @@ def texts(count, words, seed):
     return [" ".join(WORDS[pick] for pick in row) for row in picks.tolist()]
 
 
+ROW = '{"query": "x", "choices": ["a", "b"], "gold": 0}\n'
+
+
 def choice_rows(count=24, question="{}"):
     queries, choices = texts(count, 6, 0), texts(3 * count, 3, 1)
     return [
@@ -202,7 +205,7 @@ def test_a_limit_takes_the_first_documents(lm_eval, checkpoint, tokenizer, tmp_p
     assert score.value == pytest.approx(sum(solved_by_hand(model, tokenizer, rows[:5], False)) / 5)
 
 
-def test_a_run_is_scored_and_scored_again(lm_eval, checkpoint, tokenizer, fit, tmp_path):
+def test_a_run_is_scored_and_scored_again(lm_eval, checkpoint, tokenizer, fit, tmp_path, capsys):
     rows = choice_rows()
     tasks = f"--evaluation.zero_shot=[{write_rows(tmp_path / 'own.jsonl', rows)}]"
     run = fit(checkpoint, tmp_path / "run", RTN, tasks)
@@ -218,6 +221,7 @@ def test_a_run_is_scored_and_scored_again(lm_eval, checkpoint, tokenizer, fit, t
     assert cli.main(["test", f"--run_dir={run}", "--accelerator=cpu", f"--output={output}"]) == 0
     again = json.loads(output.read_text(encoding="utf-8"))
     assert again == {"perplexity": results["perplexity"], "zero_shot": results["zero_shot"]}
+    assert capsys.readouterr().err == ""  # no progress bars of lm-eval's
     assert "own" in (run / "report.html").read_text(encoding="utf-8")
 
 
@@ -284,9 +288,23 @@ def test_files_need_no_hub(lm_eval, hub):
     ("content", "words"),
     [
         (None, "can't be read"),
-        ("not JSON\n", "can't be read"),
+        ("not JSON\n", "line 1 is no JSON"),
         ('{"text": "x"}\n' * 2, "none of the forms: query, choices"),
-        ('{"query": "x", "choices": ["a", "b"], "gold": 0}\n\n', "has one row"),
+        (ROW + "\n", "fewer than two rows"),
+        (ROW + '{"query": "x", "choices": ["a", "b"]}\n', "line 2: has none of the forms"),
+        (ROW + "\n[1]\n", "line 3: has none of the forms"),
+        (ROW + '{"query": 1, "choices": ["a", "b"], "gold": 0}\n', "line 2: query must be a text, not 1"),
+        (ROW + '{"query": "x", "choices": ["a"], "gold": 0}\n', "line 2: choices must be a list of two or more"),
+        (ROW + '{"query": "x", "choices": "ab", "gold": 0}\n', "line 2: choices must be a list of two or more"),
+        (ROW + '{"query": "x", "choices": ["a", 2], "gold": 0}\n', "line 2: choices must be a list of two or more"),
+        (ROW + '{"query": "x", "choices": ["a", ""], "gold": 0}\n', "line 2: choices must be a list of two or more"),
+        (ROW + '{"query": "x", "choices": ["a", "b"], "gold": 2}\n', "line 2: gold must be .* 0 to 1, not 2"),
+        (ROW + '{"query": "x", "choices": ["a", "b"], "gold": -1}\n', "line 2: gold must be"),
+        (ROW + '{"query": "x", "choices": ["a", "b"], "gold": "0"}\n', 'line 2: gold must be .* not "0"'),
+        (ROW + '{"query": "x", "choices": ["a", "b"], "gold": true}\n', "line 2: gold must be"),
+        (ROW + '{"context": "x", "continuation": "y"}\n', "line 2 has not the keys of the first: query, choices"),
+        ('{"context": "x", "continuation": ""}\n' * 2, "line 1: continuation must be a text"),
+        ('{"context_options": ["a"], "continuation": "y", "gold": 0}\n' * 2, "line 1: context_options must be"),
     ],
 )
 def test_files_of_no_use_are_refused(tmp_path, content, words):
