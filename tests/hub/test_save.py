@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from bisup_lightning.data.corpus import evaluation_tokens
 from bisup_lightning.hub.load import open_quantized
-from bisup_lightning.hub.quantizer import BisupConfig
+from bisup_lightning.hub.quantizer import BisupConfig, BisupQuantizer
 from bisup_lightning.model.blockwise import run_layer
 from bisup_lightning.model.checkpoint import INDEX
 from bisup_lightning.model.family import LINEAR_INPUTS
@@ -251,18 +251,22 @@ def test_in_another_dtype_codes_stay_and_logits_are_near(run_of, load, name):
     assert F.cosine_similarity(logits.float().flatten(), logits_of(plain, tokens()).flatten(), 0) > 0.8
 
 
-def test_what_it_can_not_be_loaded_as_is_refused(run_of, tmp_path):
-    """Instead of an error somewhere inside, or later."""
-    folder = run_of("llama, bisup, text prompt") / "model"
+def test_a_decoder_alone_is_refused(run_of):
     with pytest.raises(ValueError, match="loads as AutoModelForCausalLM"):
-        AutoModel.from_pretrained(folder)
-    halves = {"": "cpu", "model.layers.1": "disk"}
+        AutoModel.from_pretrained(run_of("llama, bisup, text prompt") / "model")
+
+
+BESIDE = [{"": "cpu", "model.layers.1": "disk"}, {"": "disk"}, {"": 0, "model.layers.1": "cpu"}]
+
+
+@pytest.mark.parametrize("device_map", [*BESIDE, None, "auto", "cpu", {"": "cpu"}, {"": 0}, {"": 0, "lm_head": 1}])
+def test_parts_that_lie_elsewhere_than_they_compute_are_refused(device_map):
+    quantizer = BisupQuantizer(BisupConfig.of(Scheme(), 1))
+    if device_map not in BESIDE:
+        quantizer.validate_environment(device_map=device_map)
+        return
     with pytest.raises(ValueError, match="device_map: a bisup model lies on GPUs"):
-        AutoModelForCausalLM.from_pretrained(folder, device_map=halves, offload_folder=tmp_path)
-    with pytest.raises(ValueError, match="device_map: a bisup model lies on GPUs"):
-        AutoModelForCausalLM.from_pretrained(folder, device_map={"": 0, "model.layers.1": "cpu"})
-    whole = AutoModelForCausalLM.from_pretrained(folder, device_map={"": "cpu"})
-    assert whole.device.type == "cpu"
+        quantizer.validate_environment(device_map=device_map)
 
 
 def test_a_loaded_model_says_what_can_be_done_with_it(run_of, load):
