@@ -269,7 +269,7 @@ def run(arguments: Sequence[str], signals: Signals) -> int:
         if options.chunks < 1:
             raise UserError(f"analyze: chunks must be at least 1, not {options.chunks}")
         read_results(options.run_dir)  # which the report shows beside the errors
-        analyze_run(published_job(options.run_dir, options.accelerator, signals), options.chunks)
+        analyze_run(recorded_job(options.run_dir, signals, options.accelerator), options.chunks)
         console.print(f"report: {write_report(options.run_dir)}")
     elif command == "report":
         console.print(f"report: {write_report(options.run_dir)}")
