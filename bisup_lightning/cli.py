@@ -24,6 +24,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
 from bisup_lightning.calibrate.analysis import analyze_run
+from bisup_lightning.calibrate.block_trainer import BlockTrainer
 from bisup_lightning.calibrate.budget import check_folder
 from bisup_lightning.calibrate.checkpoint_io import WholeFileIO
 from bisup_lightning.calibrate.dry_run import dry_run
@@ -36,7 +37,6 @@ from bisup_lightning.calibrate.merge import merge
 from bisup_lightning.calibrate.parallel import Ranks, environment, join
 from bisup_lightning.calibrate.run_reader import CONFIG
 from bisup_lightning.calibrate.signals import Interrupted, Signals, requeue
-from bisup_lightning.calibrate.strategy import BlockFitLoop, OneOfManyBlocks
 from bisup_lightning.configuration import check_file, flatten, one_line, root_message, trust
 from bisup_lightning.data.prompt import Prompt
 from bisup_lightning.data.share import PeerLost
@@ -74,32 +74,22 @@ def device_for(accelerator: Any, key: str = "accelerator") -> torch.device:
 def trainer_factory(
     settings: Namespace, callbacks: Sequence[Callback], logs: Path | None, device: torch.device
 ) -> Callable[[int, int], Trainer]:
-    """Makes a fresh Trainer for each block, with its own log under `logs` and fresh copies of foreign callbacks.
-
-    Each is the only process that it knows of, also where several walk together: Lightning would have them all take
-    the same number of steps.
-    """
+    """Makes a fresh Trainer for each block, with its own log under `logs` and fresh copies of foreign callbacks."""
     own = {key: value for key, value in vars(settings).items() if key not in ("callbacks", "logger", "devices")}
 
     def make(index: int, epochs: int) -> Trainer:
         logger = settings.logger if logs is not None else False
         if logs is not None and logger in (None, True):
             logger = [kind(logs, name="", version=f"{index:05d}") for kind in (CSVLogger, TensorBoardLogger)]
-        trainer = Trainer(
+        return BlockTrainer(
+            device,
+            epochs,
             **own,
-            devices=1 if device.index is None else [device.index],
-            strategy=OneOfManyBlocks(device),
             logger=logger,
             callbacks=[c if isinstance(c, WalkCallback) else copy.deepcopy(c) for c in callbacks],
-            max_epochs=epochs,
             log_every_n_steps=1,
             plugins=[WholeFileIO(), LightningEnvironment()],
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
         )
-        trainer.fit_loop = BlockFitLoop(trainer)
-        return trainer
 
     return make
 

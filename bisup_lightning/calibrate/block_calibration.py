@@ -181,7 +181,9 @@ class BlockCalibration(LightningModule):
         self.unrecorded[x_bTD.shape] += 1
 
     def make_room(self) -> None:
-        """Let go of the recorded step where others, and callbacks, may need its memory."""
+        """Let go of memory that others, and callbacks, may need: of what is not in use, then of the recorded step."""
+        if self.recorded is not None and not leaves_room(self.device):
+            torch.cuda.empty_cache()
         if self.recorded is not None and not leaves_room(self.device):
             self.recorded = None
             torch.cuda.empty_cache()

@@ -10,13 +10,13 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from bisup_lightning.calibrate.block_trainer import BlockTrainer
 from bisup_lightning.calibrate.budget import GIB, Budget, check_room, compute_dtype, free_disk_bytes
 from bisup_lightning.calibrate.driver import BlockWalk
 from bisup_lightning.calibrate.fit import calibration_tokens, transform
 from bisup_lightning.calibrate.job import Job, check, compiles, fingerprint
 from bisup_lightning.calibrate.measure import check_vocabulary, evaluation_sets, open_checkpoint
 from bisup_lightning.calibrate.run_store import RunStore
-from bisup_lightning.calibrate.strategy import OneOfManyBlocks
 from bisup_lightning.data.streams import free_host_bytes
 from bisup_lightning.evaluate.zero_shot import fetch_tasks
 from bisup_lightning.model.blockwise import BlockwiseModel
@@ -135,16 +135,8 @@ def calibrate(walk: BlockWalk, tokens_NT: Tensor) -> Mapping[str, float]:
 
 def silent_trainers(device: torch.device) -> Callable[[int, int], Trainer]:
     """Makes Trainers that write nothing."""
-    return lambda index, epochs: Trainer(
-        accelerator="gpu" if device.type == "cuda" else "cpu",
-        devices=1,
-        strategy=OneOfManyBlocks(device),
-        max_epochs=epochs,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    accelerator = "gpu" if device.type == "cuda" else "cpu"
+    return lambda index, epochs: BlockTrainer(device, epochs, accelerator=accelerator, logger=False)
 
 
 def _size(count: int) -> str:

@@ -13,16 +13,16 @@ from jsonargparse import Namespace
 from bisup_lightning.calibrate import solvers
 from bisup_lightning.calibrate.block_calibration import BlockCalibration
 from bisup_lightning.calibrate.block_reader import BlockReader
+from bisup_lightning.calibrate.block_trainer import BlockFitLoop
 from bisup_lightning.calibrate.driver import BlockWalk
 from bisup_lightning.calibrate.epoch_log import EpochLog
 from bisup_lightning.calibrate.events import WalkCallback
 from bisup_lightning.calibrate.measure import read_results
-from bisup_lightning.calibrate.strategy import BlockFitLoop
-from bisup_lightning.cli import trainer_factory
+from bisup_lightning.cli import main, trainer_factory
 from bisup_lightning.data.layer_inputs import LayerInputs
 from bisup_lightning.errors import UserError
 from bisup_lightning.model.blockwise import BlockwiseModel
-from tests.tools import Poison, Watch, contents, timeless, with_callback
+from tests.tools import BISUP, EAGER, CutOff, Poison, Watch, contents, cut_off, timeless, with_callback
 
 BLOCKS = 3
 
@@ -213,3 +213,25 @@ def test_a_trainers_loop_keeps_the_trainers_limits():
     trainer = trainer_factory(settings, [], Path(), torch.device("cpu"))(0, 3)
     assert isinstance(trainer.fit_loop, BlockFitLoop)
     assert (trainer.min_epochs, trainer.max_epochs, trainer.max_steps) == (2, 3, 7)
+
+
+@pytest.fixture
+def given_back(monkeypatch):
+    """How often cached memory was given back."""
+    times = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: times.append(True))
+    return times
+
+
+def test_a_training_gives_no_memory_back(fit, checkpoint, given_back, tmp_path):
+    """A GPU's allocator would wait for all that is being computed, and ask for the memory again."""
+    fit(checkpoint, tmp_path / "run", "--solver.epochs=1")
+    assert not given_back
+
+
+def test_what_a_saved_training_was_loaded_from_is_given_back(fit_arguments, checkpoint, given_back, tmp_path):
+    command = fit_arguments(checkpoint, tmp_path / "run", BISUP, "--solver.epochs=2", EAGER, with_callback(CutOff))
+    cut_off(command, 1)
+    assert not given_back
+    assert main(command) == 0
+    assert given_back

@@ -117,6 +117,15 @@ def test_without_room_every_block_records_anew(make_checkpoint, fit, monkeypatch
     assert (recorder.recordings, recorder.replays) == (2, 2 * (8 - 2))
 
 
+def test_memory_that_is_not_in_use_makes_room_before_the_recording_does(
+    make_checkpoint, fit, monkeypatch, recorder, tmp_path
+):
+    recorder.leaves_room = False
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: setattr(recorder, "leaves_room", True))
+    run_of(fit, make_checkpoint("llama"), tmp_path / "recorded")
+    assert (recorder.recordings, recorder.replays) == (1, 2 * 8 - 2)
+
+
 def test_a_smaller_last_batch_is_not_replayed(make_checkpoint, fit, monkeypatch, recorder, tmp_path):
     checkpoint, more = make_checkpoint("llama"), ("--data.num_samples=15",)
     expected = learned_unrecorded(fit, monkeypatch, checkpoint, tmp_path / "plain", *more)
