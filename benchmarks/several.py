@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,16 +72,15 @@ class Walk:
         run_dir: Where to.
         blocks: To be finished.
         options: Of `fit`.
-        gpu: The one GPU that it sees; None for all.
+        environment: Beside this process's own.
     """
 
-    def __init__(self, run_dir: Path, blocks: int, options: Sequence[str], gpu: int | None = None) -> None:
+    def __init__(self, run_dir: Path, blocks: int, options: Sequence[str], environment: Mapping[str, str] = {}) -> None:
         self.run_dir, self.blocks, self.log = run_dir, blocks, run_dir.with_suffix(".log")
-        environment = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)})
         command = [sys.executable, str(ROOT / "main.py"), "fit", *options, f"--run_dir={run_dir}"]
         with self.log.open("w", encoding="utf-8") as log:
             self.process = subprocess.Popen(
-                command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+                command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **environment}, start_new_session=True
             )
 
     def is_finished(self) -> bool:
@@ -153,7 +152,13 @@ def main(arguments: list[str] | None = None) -> None:
             f"--trainer.accelerator={'gpu' if device == 'cuda' else 'cpu'}", *more,
         ]  # fmt: skip
         alone = []
-        run([Walk(folder / f"alone-{gpu}", given.blocks_alone, options, gpu) for gpu in range(given.gpus)])
+        share = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // given.gpus))}  # of the host, as `fit` does it
+        run(
+            [
+                Walk(folder / f"alone-{gpu}", given.blocks_alone, options, {**share, "CUDA_VISIBLE_DEVICES": str(gpu)})
+                for gpu in range(given.gpus)
+            ]
+        )
         for gpu in range(given.gpus):
             alone.append(pace(folder / f"alone-{gpu}", given.blocks_alone))
             report(f"one (GPU {gpu})", alone[-1], [])

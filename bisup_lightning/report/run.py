@@ -88,8 +88,11 @@ def _read_json(path: Path, keys: Sequence[str], remedy: str) -> dict[str, Any]:
 
 def _read_epochs(path: Path) -> Rows:
     """Rows of a CSV log; where a block was learned twice, those of the last time."""
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+    except (ValueError, TypeError, csv.Error) as error:
+        raise UserError(f"{path} is damaged ({error}); remove it, and the report goes without its epochs") from error
     by_epoch: dict[float, dict[str, float]] = {}
     for row in rows:
         if "epoch" in row:

@@ -219,6 +219,19 @@ def test_a_damaged_analysis_is_named_with_another_remedy(folder, capsys):
     assert line.endswith("; run analyze again")
 
 
+@pytest.mark.parametrize(
+    "content", [b"epoch,loss\n0,a", b"epoch,loss\n0,1,2", b"epoch,loss\n\xff", b"epoch\0,loss\n\0,0"]
+)
+def test_a_damaged_log_is_named_with_its_remedy(folder, capsys, content):
+    log = folder / "logs" / "00000" / "metrics.csv"
+    log.write_bytes(content)
+    assert main(["report", f"--run_dir={folder}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {log} is damaged (")
+    log.unlink()
+    assert main(["report", f"--run_dir={folder}"]) == 0
+
+
 def browse(path, *arguments):
     """What Chromium says on its standard error, console messages included, with no way to any host."""
     options = [
