@@ -21,10 +21,11 @@ import torch.nn.functional as F
 
 from benchmarks.synthetic import SHAPES, write_checkpoint
 from bisup_lightning.calibrate.block_calibration import block_loss
-from bisup_lightning.model.block import Theta, add_theta, learn_by_codes, quantize_layer, theta_parameters
+from bisup_lightning.model.block import learn_by_codes, quantize_layer
 from bisup_lightning.model.blockwise import BlockwiseModel, run_layer
 from bisup_lightning.model.family import linear_inputs
 from bisup_lightning.model.kv import BlockKV, KVQuantizer
+from bisup_lightning.model.theta import Theta, add_theta, theta_parameters
 from bisup_lightning.quant.spec import Precision, QuantSpec, Scheme
 
 GPU = torch.device("cuda")

@@ -7,7 +7,7 @@ from bisup_lightning.calibrate.block_calibration import BlockCalibration
 from bisup_lightning.calibrate.driver import BlockWalk
 from bisup_lightning.calibrate.events import WalkCallback
 from bisup_lightning.calibrate.stopwatch import Stopwatch
-from bisup_lightning.model.block import is_clip
+from bisup_lightning.model.theta import theta_kind
 
 
 class Telemetry(WalkCallback):
@@ -26,7 +26,7 @@ class Telemetry(WalkCallback):
         """Start the clock."""
         names = {id(parameter): name for name, parameter in pl_module.named_parameters()}
         self.rates = {
-            _kind(names[id(parameter)]): group["lr"]
+            theta_kind(names[id(parameter)]): group["lr"]
             for group in trainer.optimizers[0].param_groups
             for parameter in group["params"]
         }
@@ -43,9 +43,3 @@ class Telemetry(WalkCallback):
         pl_module.epoch_log.add({"tokens_per_second": lambda: tokens / clock.laps["epoch"]})
         if self.device.type == "cuda":
             pl_module.epoch_log.add({"device_memory_gib": torch.cuda.max_memory_allocated(self.device) / 2**30})
-
-
-def _kind(name: str) -> str:
-    if is_clip(name):
-        return "clip"
-    return "smoothing" if name.endswith("smoothing") else "low_rank"

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from bisup_lightning.calibrate.block_calibration import BlockCalibration
 from bisup_lightning.calibrate.events import WalkCallback
-from bisup_lightning.model.block import theta_by_kind
+from bisup_lightning.model.theta import theta_by_kind
 
 
 class ThetaStatistics(WalkCallback):

@@ -11,15 +11,16 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
 from bisup_lightning.calibrate.block_calibration import block_loss
+from bisup_lightning.calibrate.captured_step import CapturedStep
 from bisup_lightning.calibrate.measure import read_results
-from bisup_lightning.calibrate.recorded_step import RecordedStep
 from bisup_lightning.cli import main, trainer_factory
 from bisup_lightning.evaluate.perplexity import final_hidden
 from bisup_lightning.hub.load import open_quantized
-from bisup_lightning.model.block import Theta, add_theta, learn_by_codes, quantize_layer, theta_parameters
+from bisup_lightning.model.block import learn_by_codes, quantize_layer
 from bisup_lightning.model.blockwise import BlockwiseModel, run_layer
 from bisup_lightning.model.kv import BlockKV, KVQuantizer
 from bisup_lightning.model.linear import InputQuantizer, QuantLinear
+from bisup_lightning.model.theta import Theta, add_theta, theta_parameters
 from bisup_lightning.quant.spec import Precision, QuantSpec, Scheme
 from tests.inputs import DEMO
 from tests.tools import BISUP, CutOff, contents, cut_off, with_callback
@@ -147,7 +148,7 @@ def test_a_step_by_codes_is_as_close_to_float32_as_one_by_values(group_size, had
 
 
 @pytest.mark.parametrize("step", [block_loss.__wrapped__, block_loss], ids=["eager", "compiled"])
-def test_a_recorded_step_gives_the_same_bits_as_one_that_is_not(step):
+def test_a_captured_step_gives_the_same_bits_as_one_that_is_not(step):
     """Also of another block, whose tensors it is given."""
     torch.compiler.reset()
     theta, layer, x, target, positions, kv = step_of_the_bundled_model(torch.bfloat16, 128, by_codes=True)
@@ -157,9 +158,9 @@ def test_a_recorded_step_gives_the_same_bits_as_one_that_is_not(step):
         return value.detach(), torch.autograd.grad(value, list(theta_parameters(layer).values()))
 
     _, before = found(layer, x, target, positions, kv)
-    recorded = RecordedStep(found, layer, positions, kv, x, target)
-    assert recorded.takes(x)
-    assert not recorded.takes(x[:2])
+    captured = CapturedStep(found, layer, positions, kv, x, target)
+    assert captured.matches(x)
+    assert not captured.matches(x[:2])
     other, other_kv = copy.deepcopy(layer), kv.copy()
     with torch.no_grad():
         for tensor in (*other.parameters(), *other_kv.prompt):
@@ -167,10 +168,10 @@ def test_a_recorded_step_gives_the_same_bits_as_one_that_is_not(step):
         for linear in (module for module in other.modules() if isinstance(module, QuantLinear)):
             linear.weight.copy_(linear.weight.flip(0))
     for change, (block, prompt) in enumerate([(layer, kv), (layer, kv), (other, other_kv), (layer, kv)]):
-        assert recorded.fits(block, positions, prompt)
-        recorded.follow(block, prompt)
-        (value, gradients), (replayed, others) = found(block, x, target, positions, prompt), recorded(x, target)
-        recorded.leave()
+        assert captured.fits(block, positions, prompt)
+        captured.attach(block, prompt)
+        (value, gradients), (replayed, others) = found(block, x, target, positions, prompt), captured(x, target)
+        captured.detach()
         assert torch.equal(value, replayed)
         assert all(torch.equal(one, other) for one, other in zip(gradients, others, strict=True))
         same = [torch.equal(one, first) for one, first in zip(gradients, before, strict=True)]

@@ -14,17 +14,18 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from bisup_lightning.calibrate.captured_step import CapturedStep, Gradients, can_capture, leaves_room, with_gradients
 from bisup_lightning.calibrate.epoch_log import EpochLog
-from bisup_lightning.calibrate.recorded_step import Gradients, RecordedStep, leaves_room, records, with_gradients
 from bisup_lightning.data.share import WHOLE, Share
-from bisup_lightning.model.block import is_clip, is_fused, learn_by_codes, theta_parameters
+from bisup_lightning.model.block import is_fused, learn_by_codes
 from bisup_lightning.model.blockwise import Positions, run_layer, run_layer_in_halves
 from bisup_lightning.model.kv import BlockKV
 from bisup_lightning.model.linear import QuantLinear
+from bisup_lightning.model.theta import theta_kind, theta_parameters
 from bisup_lightning.quant.compiled import compiled_on_gpu
 
 MIN_CLIP = 1e-2  # a clip value is positive: it scales Δ
-UNRECORDED = 2  # steps before the one that is recorded: the first compiles, and recording takes as long as both compute
+EAGER_STEPS = 2  # before the one that is captured: the first compiles, and capturing takes as long as both compute
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,12 @@ class Optimization:
 
     def rate(self, parameter_name: str) -> float:
         """The learning rate of a tensor of Θ, by its name in the block."""
-        if is_clip(parameter_name):
-            return self.clip_lr
-        return self.smoothing_lr if parameter_name.endswith("smoothing") else self.low_rank_lr
+        rates = {"clip": self.clip_lr, "smoothing": self.smoothing_lr, "low_rank": self.low_rank_lr}
+        return rates[theta_kind(parameter_name)]
+
+    def decay(self, parameter_name: str) -> float:
+        """Its weight decay."""
+        return self.weight_decay if theta_kind(parameter_name) == "low_rank" else 0.0
 
 
 @compiled_on_gpu(dynamic=False)
@@ -64,7 +68,7 @@ def block_loss(layer: nn.Module, x_BTD: Tensor, target_BTD: Tensor, positions: P
 
 
 def frugal_block_loss(layer: nn.Module, x_BTD: Tensor, target_BTD: Tensor, positions: Positions, kv: BlockKV) -> Tensor:
-    """The same; its gradients take a second forward pass instead of memory for all that the first one made."""
+    """The same, with the activations of half a block computed anew for the backward pass instead of kept."""
     return F.mse_loss(run_layer_in_halves(layer, x_BTD, positions, kv).float(), target_BTD.float())
 
 
@@ -82,8 +86,8 @@ class BlockCalibration(LightningModule):
         micro_batch: Sequences to compute at a time; gradients add up over a batch. None for the whole batch.
         share: The processes that train this block together, each on its part of every batch.
         frugal: Whether to save memory at the cost of a second forward pass.
-        recorded: The step that was recorded for another block, which may fit this one.
-        when_fused: Called with the layer when training ends, if a callback has fused it.
+        captured: The step that was captured for another block; it is replayed for this one too if it fits.
+        run_fused: Called with the layer when training ends, if a callback has fused it.
     """
 
     def __init__(
@@ -97,11 +101,11 @@ class BlockCalibration(LightningModule):
         micro_batch: int | None = None,
         share: Share = WHOLE,
         frugal: bool = False,
-        recorded: RecordedStep | None = None,
-        when_fused: Callable[[nn.Module], None] | None = None,
+        captured: CapturedStep | None = None,
+        run_fused: Callable[[nn.Module], None] | None = None,
     ) -> None:
         super().__init__()
-        self.layer, self.when_fused = layer, when_fused
+        self.layer, self.run_fused = layer, run_fused
         self.positions, self.kv = positions, kv
         self.optimization, self.steps = optimization, steps
         self.attempt, self.micro_batch = attempt, micro_batch
@@ -109,15 +113,15 @@ class BlockCalibration(LightningModule):
         self.loss = frugal_block_loss if frugal else block_loss
         learn_by_codes(layer, on=not frugal)  # which need more memory
         self.theta = theta_parameters(layer)  # which fusing takes from the layer
-        self.clips: list[Tensor] = [parameter for name, parameter in self.theta.items() if is_clip(name)]
+        self.clips: list[Tensor] = [parameter for name, parameter in self.theta.items() if theta_kind(name) == "clip"]
         self.epoch_log = EpochLog()
         self.losses: tuple[Tensor | float, int] = (0.0, 0)  # their sum over the epoch so far, and of how many sequences
-        self.recording = not frugal  # on a GPU; what is recorded keeps its memory
-        self.recorded: RecordedStep | None = None
-        if self.recording and recorded is not None and recorded.fits(layer, positions, kv, micro_batch):
-            recorded.follow(layer, kv)
-            self.recorded = recorded
-        self.unrecorded: Counter[torch.Size] = Counter()  # steps so far, by the shape of their first micro-batch
+        self.capturing = not frugal  # on a GPU; what is captured keeps its memory
+        self.captured: CapturedStep | None = None
+        if self.capturing and captured is not None and captured.fits(layer, positions, kv, micro_batch):
+            captured.attach(layer, kv)
+            self.captured = captured
+        self.steps_of: Counter[torch.Size] = Counter()  # so far, by the shape of their first micro-batch
         for module in layer.modules():
             if isinstance(module, QuantLinear):
                 module.frugal = frugal
@@ -131,7 +135,7 @@ class BlockCalibration(LightningModule):
         x_BTD, target_BTD = batch
         size = self.micro_batch or len(x_BTD)
         parts = list(zip(x_BTD.split(size), target_BTD.split(size), strict=True))
-        self._record(*parts[0])
+        self._capture(*parts[0])
         loss, total = x_BTD.new_zeros(()), x_BTD.new_zeros((), dtype=torch.float32)
         for place, (x_bTD, target_bTD) in enumerate(parts):
             loss = with_gradients(*self._step(x_bTD, target_bTD), list(self.theta.values()))
@@ -143,60 +147,58 @@ class BlockCalibration(LightningModule):
         return loss
 
     def _step(self, x_bTD: Tensor, target_bTD: Tensor) -> tuple[Tensor, Gradients]:
-        """The loss of a micro-batch and its gradients, recorded or not."""
-        if self._is_recorded(x_bTD):
-            assert self.recorded is not None
-            return self.recorded(x_bTD, target_bTD)
+        """The loss of a micro-batch and the gradients of Θ, replayed where that was captured."""
+        if self.captured is not None and self.captured.matches(x_bTD) and not torch.is_anomaly_enabled():
+            return self.captured(x_bTD, target_bTD)  # anomaly detection would read numbers
         return self._loss_and_gradients(self.layer, x_bTD, target_bTD, self.positions, self.kv)
 
     def _loss_and_gradients(
         self, layer: nn.Module, x_bTD: Tensor, target_bTD: Tensor, positions: Positions, kv: BlockKV
     ) -> tuple[Tensor, Gradients]:
-        """Nothing of autograd stays, which would tie up a recording."""
+        """The detached loss, a float32 scalar, and the gradients in the order of `theta_parameters`.
+
+        A live autograd graph would keep the memory of a captured one busy.
+        """
         loss = self.loss(layer, x_bTD, target_bTD, positions, kv)
         theta = list(theta_parameters(layer).values())
         return loss.detach(), torch.autograd.grad(loss, theta, allow_unused=True)
 
-    def _is_recorded(self, x_bTD: Tensor) -> bool:
-        ready = self.recorded is not None and self.recorded.takes(x_bTD)
-        return ready and not torch.is_anomaly_enabled()  # which reads numbers
-
-    def _record(self, x_bTD: Tensor, target_bTD: Tensor) -> None:
-        """On a GPU, record the third step of a shape; the others replay it, and other blocks' where memory allows."""
-        due = self.unrecorded[x_bTD.shape] == UNRECORDED and not torch.is_anomaly_enabled()
-        longer = self.recorded is None or len(x_bTD) > self.recorded.length  # than the last batch of an epoch, maybe
-        if records(x_bTD.device) and self.recording and due and longer:
-            if self.recorded is not None:
-                self.recorded.leave()
-                self.recorded = None
+    def _capture(self, x_bTD: Tensor, target_bTD: Tensor) -> None:
+        """On a GPU, capture the third step of a shape; the others replay it, and other blocks' where memory allows."""
+        due = self.steps_of[x_bTD.shape] == EAGER_STEPS and not torch.is_anomaly_enabled()
+        longer = self.captured is None or len(x_bTD) > self.captured.length  # than the last batch of an epoch, maybe
+        if can_capture(x_bTD.device) and self.capturing and due and longer:
+            if self.captured is not None:
+                self.captured.detach()
+                self.captured = None
             try:
-                self.recorded = RecordedStep(
+                self.captured = CapturedStep(
                     self._loss_and_gradients, self.layer, self.positions, self.kv, x_bTD, target_bTD
                 )
             except RuntimeError as error:
                 if "out of memory" not in str(error):
                     raise
-                self.recording = False  # a step by itself had enough, as one has run
+                self.capturing = False  # a step by itself had enough, as one has run
                 torch.cuda.empty_cache()
-        self.unrecorded[x_bTD.shape] += 1
+        self.steps_of[x_bTD.shape] += 1
 
     def make_room(self) -> None:
-        """Let go of memory that others, and callbacks, may need: of what is not in use, then of the recorded step."""
-        if self.recorded is not None and not leaves_room(self.device):
+        """Free memory that others, and callbacks, may need: what is not in use, then the captured step's."""
+        if self.captured is not None and not leaves_room(self.device):
             torch.cuda.empty_cache()
-        if self.recorded is not None and not leaves_room(self.device):
-            self.recorded = None
+        if self.captured is not None and not leaves_room(self.device):
+            self.captured = None
             torch.cuda.empty_cache()
 
-    def release(self) -> tuple[nn.Module, dict[str, nn.Parameter], RecordedStep | None]:
-        """Give away layer, Θ and recorded step when the training has ended.
+    def release(self) -> tuple[nn.Module, dict[str, nn.Parameter], CapturedStep | None]:
+        """Give away layer, Θ and captured step when the training has ended.
 
         A Trainer's cycles of references keep this module until garbage is collected.
         """
-        if self.recorded is not None:
-            self.recorded.leave()
-        released = self.layer, self.theta, self.recorded
-        self.layer, self.theta, self.clips, self.recorded, self.when_fused = nn.Identity(), {}, [], None, None
+        if self.captured is not None:
+            self.captured.detach()
+        released = self.layer, self.theta, self.captured
+        self.layer, self.theta, self.clips, self.captured, self.run_fused = nn.Identity(), {}, [], None, None
         return released
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
@@ -235,18 +237,21 @@ class BlockCalibration(LightningModule):
             self.losses = 0.0, 0
 
     def on_train_epoch_end(self) -> None:
-        """Go no further once the loss is not finite: on a GPU that of the epoch before, which all processes know."""
+        """Stop once an epoch's loss is known to be NaN or inf.
+
+        On a GPU it is known one epoch late; all processes see the same value and stop together.
+        """
         self._log_loss()  # where a callback ended the training within an epoch
         self.epoch_log.end(self.current_epoch, self.global_step - 1, self.device, self.loggers)
         if self.epoch_log.diverged:
             self.trainer.should_stop = True
 
     def on_train_end(self) -> None:
-        """Go on with the fused block, and tell the loggers everything meanwhile."""
+        """Let the device run the fused block while the loggers hear of the last epoch."""
         self.make_room()
-        if self.when_fused is not None and is_fused(self.layer) and not self.epoch_log.diverged:
+        if self.run_fused is not None and is_fused(self.layer) and not self.epoch_log.diverged:
             with suppress(torch.OutOfMemoryError):  # then it has its turn when what training holds is free
-                self.when_fused(self.layer)
+                self.run_fused(self.layer)
         self.epoch_log.tell(self.loggers)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -258,18 +263,18 @@ class BlockCalibration(LightningModule):
             checkpoint["rng"]["cuda"] = torch.cuda.get_rng_state(self.device)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore them."""
+        """Restore the epoch's losses and the random generators."""
         self.losses = checkpoint["losses"]
         torch.set_rng_state(checkpoint["rng"]["cpu"])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(checkpoint["rng"]["cuda"], self.device)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW with one parameter group for each kind of tensor in Θ."""
+        """AdamW with as few parameter groups as there are learning rates and decays: each takes launches of its own."""
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for name, parameter in self.theta.items():
-            decay = self.optimization.weight_decay if "low_rank" in name else 0.0
-            groups.setdefault((self.optimization.rate(name) * 0.1**self.attempt, decay), []).append(parameter)
+            rate, decay = self.optimization.rate(name) * 0.1**self.attempt, self.optimization.decay(name)
+            groups.setdefault((rate, decay), []).append(parameter)
         # Block losses can be as small as 1e-7: Adam's usual eps would then outweigh the gradients.
         optimizer = torch.optim.AdamW(
             [{"params": members, "lr": lr, "weight_decay": decay} for (lr, decay), members in groups.items()],

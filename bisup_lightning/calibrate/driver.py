@@ -4,6 +4,7 @@ import gc
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
 from typing import Literal, Self
@@ -20,7 +21,7 @@ from bisup_lightning.calibrate.parallel import Ranks
 from bisup_lightning.calibrate.run_reader import Partial, Progress
 from bisup_lightning.calibrate.run_store import RunStore
 from bisup_lightning.calibrate.signals import Signals
-from bisup_lightning.calibrate.solvers import Block, Solver
+from bisup_lightning.calibrate.solvers import Block, Solution, Solver
 from bisup_lightning.calibrate.stopwatch import Stopwatch
 from bisup_lightning.calibrate.wavefront import Relay
 from bisup_lightning.data.layer_inputs import LayerInputs, Run
@@ -42,6 +43,21 @@ ALIKE = 0.1  # by which the trained block's loss on the sample and on all of the
 log = logging.getLogger(__name__)
 Memory = Literal["auto", "low"]
 MakeTrainer = Callable[[int, int], Trainer]
+
+
+@dataclass
+class Candidate:
+    """A solution on probation.
+
+    Args:
+        solution: The fused block.
+        outputs_NTD: What it gives for x_q, in the streams' dtype.
+        loss: Their mean square error, a float32 scalar on the device.
+    """
+
+    solution: Solution
+    outputs_NTD: Tensor
+    loss: Tensor
 
 
 class BlockWalk:
@@ -121,7 +137,7 @@ class BlockWalk:
             self.writer.close()
 
     def begin(self, tokens_NT: Tensor) -> None:
-        """Stand before the first block: both streams are the embedded tokens."""
+        """Begin before the first block: both streams are the embedded tokens."""
         own_NT = self.share.of(tokens_NT, self.batch_size)
         shape, dtype = torch.Size([*own_NT.shape, self.model.family.hidden_size]), self.model.dtype
         home = self.home(shape, dtype)
@@ -132,10 +148,10 @@ class BlockWalk:
         if on_device:
             x_NTD = x_NTD.to(self.model.device)
         prompt_1PD = self.model.embed(torch.tensor([self.prompt_ids]).long())
-        self._stand(0, x_NTD, home.copy(x_NTD), prompt_1PD, home)
+        self._begin_before(0, x_NTD, home.copy(x_NTD), prompt_1PD, home)
 
     def resume(self, tokens_NT: Tensor, progress: Progress) -> None:
-        """Stand behind the last finished block, where an interrupted run stopped.
+        """Begin behind the last finished block, where an interrupted run stopped.
 
         From the streams that were saved last, or from the embedded tokens, both streams pass through the finished
         blocks: forward passes alone, which end in the very numbers that the first run had.
@@ -146,7 +162,7 @@ class BlockWalk:
             streams = self.store.read_streams(progress.streams_at)
             x_fp, x_q = (self.share.of(streams[name], self.batch_size) for name in ("x_fp", "x_q"))
             home = self.home(x_fp.shape, x_fp.dtype)
-            self._stand(progress.streams_at, home.hold(x_fp), home.hold(x_q), streams["prompt"], home)
+            self._begin_before(progress.streams_at, home.hold(x_fp), home.hold(x_q), streams["prompt"], home)
         for index, metrics in enumerate(progress.metrics):
             self.inputs.micro_batch = min(self.inputs.micro_batch, metrics["micro_batch"])
             if index == self.next_block:
@@ -161,8 +177,8 @@ class BlockWalk:
         place = choose_place(wanted, shape.numel() * dtype.itemsize, self.model.device)
         return Home(place, self.model.device, self.store.run_dir)
 
-    def _stand(self, next_block: int, x_fp: Tensor, x_q: Tensor, prompt_1PD: Tensor, home: Home) -> None:
-        """Stand before a block, with the streams [N, T, D] at home and the prompt's hidden states [1, P, D] there."""
+    def _begin_before(self, next_block: int, x_fp: Tensor, x_q: Tensor, prompt_1PD: Tensor, home: Home) -> None:
+        """Begin before a block, with the streams [N, T, D] and the prompt's hidden states [1, P, D] there."""
         micro_batch = 1 if self.memory == "low" else self.batch_size
         self.inputs = LayerInputs(x_fp, x_q, self.model.device, micro_batch, home, self.share, self.solver.let_go)
         self.prompt_1PD, self.next_block = prompt_1PD, next_block
@@ -191,15 +207,15 @@ class BlockWalk:
         self.inputs.advance_q(outputs)
 
     def run(self) -> None:
-        """Walk from where it stands to the last block."""
+        """Walk from the next block to the last."""
         gc.collect()
         gc.freeze()  # or a collection in between would take some tenths of a second, of all that share a batch
         try:
             blocks = self.relay.blocks(self.next_block, self.model.num_layers)
             self.reader.end = blocks.stop
             for index in blocks:
-                if self.relay.is_finished(index):
-                    self._pass(index)
+                if self.relay.only_passes_fp(index):
+                    self._skip(index)
                     continue
                 self._tell("on_block_start", index)
                 result = self.calibrate(index)
@@ -210,7 +226,7 @@ class BlockWalk:
         finally:
             gc.unfreeze()
 
-    def _pass(self, index: int) -> None:
+    def _skip(self, index: int) -> None:
         """Let full-precision inputs through a block that was finished before."""
         self.prompt_1PD = self.relay.receive_fp(index, self.inputs, self.prompt_1PD)
         fp_layer, _ = self.reader.read(index)
@@ -223,7 +239,42 @@ class BlockWalk:
         clock = Stopwatch(self.model.device)
         (fp_layer, tensors), positions = self.reader.read(index), self._positions(index)
         clock.lap("read")
-        if self.relay.is_first_to_come(index):  # or stage after stage would compile
+        self._receive(index, tensors, positions, clock)
+        statistics, prompt = self._advance_fp(index, fp_layer, positions)
+        self.relay.send_fp(self.inputs, self.prompt_1PD)
+        scale = self.inputs.mean_square_target()
+        clock.lap("full precision")
+
+        block = self._block(index, tensors, positions, statistics, prompt)
+        start = self.solver.start(block)
+        hold_dense(start.layer, self.model.dtype)
+        late = self.relay.final_inputs_come_late
+        self.loss_initial = math.nan if late else self.inputs.loss_q(block.run(start.layer))
+        clock.lap("start")
+        self.reader.read_ahead(index + self.relay.stages)
+
+        candidate = self._solve(block, start, scale, clock)
+        self._keep_the_better(block, start, candidate)
+        self.inputs.advance_q(candidate.outputs_NTD)
+        clock.lap("advance")
+        stored = self._stored(index, candidate.solution.layer, prompt)
+        clock.lap("store")
+        return BlockResult(
+            index=index,
+            tensors=stored,
+            loss_initial=float(self.loss_initial),
+            loss_final=candidate.loss.item(),
+            relative_mse=(candidate.loss / scale).item(),
+            kept_start=candidate.solution is start,
+            micro_batch=self.inputs.micro_batch,
+            stages=self.relay.stages,
+            phases=clock.laps,
+            theta=candidate.solution.theta,
+        )
+
+    def _receive(self, index: int, tensors: Mapping[str, Tensor], positions: Positions, clock: Stopwatch) -> None:
+        """Have a block's full-precision inputs, and whatever else its first epochs learn on, in the streams."""
+        if self.relay.should_warm_up(index):  # or stage after stage would compile
             self._warm_up(index, tensors, positions)
         self.prompt_1PD = self.relay.receive_fp(index, self.inputs, self.prompt_1PD)
         if self.relay.stages > 1:
@@ -232,64 +283,55 @@ class BlockWalk:
             self.inputs.advance_q(self.inputs.home.copy(self.inputs.fp))
         elif self.solver.fp_epochs:
             self.inputs.early = self.inputs.home.copy(self.inputs.fp)
-        statistics, prompt = self._advance_fp(index, fp_layer, positions)
-        self.relay.send_fp(self.inputs, self.prompt_1PD)
-        scale = self.inputs.mean_square_target()
-        clock.lap("full precision")
 
-        block = self._block(index, tensors, positions, statistics, prompt)
-        start = hold_dense(self.solver.start(block), self.model.dtype)
-        self.loss_initial = math.nan if self.relay.arriving else self.inputs.loss_q(block.run(start))
-        clock.lap("start")
-        self.reader.read_ahead(index + self.relay.stages)
-        if not self.solver.learns:
-            _check_finite(scale, index)
-        passed: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+    def _solve(self, block: Block, start: Solution, scale: Tensor, clock: Stopwatch) -> Candidate:
+        """The solution, or the start where there is none, with what it gives for x_q.
 
-        def pass_through(layer: nn.Module, in_training: bool = False) -> None:
-            passed.clear()
+        Raises:
+            UserError: If the mean square of the target, the scale, is not finite.
+        """
+        candidate: Candidate | None = None
+
+        def run_fused(layer: nn.Module, in_training: bool = False) -> None:
+            nonlocal candidate
+            candidate = None  # an earlier attempt's outputs are free before there are others
             clock.lap("solve")
             self.relay.receive_final(self.inputs)
+            run = block.run(hold_dense(layer, self.model.dtype))
             # What training holds is free soon: no reason to go on by halves.
-            passed[layer] = self.inputs.outputs_q(block.run(hold_dense(layer, self.model.dtype)), not in_training)
-            self._prepare(index + self.relay.stages)
+            candidate = Candidate(Solution(layer), *self.inputs.outputs_q(run, by_halves=not in_training))
+            self._prepare(block.index + self.relay.stages)
 
-        block.when_fused = partial(pass_through, in_training=True)
-        layer = self.solver.solve(block) or start
-        block.when_fused = None  # or the two would keep each other, and all that they hold
-        _check_finite(scale, index)
+        if not self.solver.learns:
+            _check_finite(scale, block.index)
+        solution = self.solver.solve(block, partial(run_fused, in_training=True)) or start
+        _check_finite(scale, block.index)
         self.inputs.early = None
-        if layer not in passed:
-            pass_through(layer)
-        outputs, loss = passed.pop(layer)
-        in_no_doubt = self.relay.arriving and self._clearly_better(outputs, loss, block.run(start))
-        if self.relay.arriving and not in_no_doubt:  # judged on the inputs that the trained block is judged on
-            self.loss_initial = self.inputs.loss_q(block.run(start))
-        if not (in_no_doubt or layer is start or loss < self.loss_initial):  # NaN is not less, either
-            layer = start
-            del outputs  # or there would be one copy more
-            outputs, loss = self.inputs.outputs_q(block.run(layer))
-        self.relay.send_final(outputs)
-        if in_no_doubt:
-            self.loss_initial = self.inputs.loss_q(block.run(start))
-            if not loss < self.loss_initial:
-                log.warning(f"block {index} is worse than its start on all of the text, though not on a sample")
-        self.inputs.advance_q(outputs)
-        clock.lap("advance")
-        tensors = self._stored(index, layer, prompt)
-        clock.lap("store")
-        return BlockResult(
-            index=index,
-            tensors=tensors,
-            loss_initial=float(self.loss_initial),
-            loss_final=loss.item(),
-            relative_mse=(loss / scale).item(),
-            kept_start=layer is start,
-            micro_batch=self.inputs.micro_batch,
-            stages=self.relay.stages,
-            phases=clock.laps,
-            theta=block.learned_before if layer is start else block.learned,
-        )
+        if candidate is None or candidate.solution.layer is not solution.layer:
+            run_fused(solution.layer)
+        assert candidate is not None
+        candidate.solution = solution
+        return candidate
+
+    def _keep_the_better(self, block: Block, start: Solution, candidate: Candidate) -> None:
+        """Put the start in a candidate's place unless that is better, and send the outputs on.
+
+        Where final inputs come late, the successor waits for these outputs. So a sample of the text decides there if
+        it leaves no doubt, and the start's loss on all of the text is computed when the outputs are under way.
+        """
+        late, run_start = self.relay.final_inputs_come_late, block.run(start.layer)
+        sample_decides = late and self._clearly_better(candidate, run_start)
+        if late and not sample_decides:  # judged on the inputs that the candidate is judged on
+            self.loss_initial = self.inputs.loss_q(run_start)
+        if not (sample_decides or candidate.solution is start or candidate.loss < self.loss_initial):  # NaN is not less
+            candidate.solution = start
+            del candidate.outputs_NTD  # or there would be one copy more
+            candidate.outputs_NTD, candidate.loss = self.inputs.outputs_q(run_start)
+        self.relay.send_final(candidate.outputs_NTD)
+        if sample_decides:
+            self.loss_initial = self.inputs.loss_q(run_start)
+            if not candidate.loss < self.loss_initial:
+                log.warning(f"block {block.index} is worse than its start on all of the text, though not on a sample")
 
     def _block(
         self,
@@ -340,19 +382,19 @@ class BlockWalk:
         self.inputs.loss_q(lambda hidden_BTD: run_layer_fast(layer, hidden_BTD, positions, kv), few)
         statistics.add_pass()
         block = self._block(index, tensors, positions, statistics, prompt)
-        start = block.run(hold_dense(self.solver.start(block), self.model.dtype))
+        start = block.run(hold_dense(self.solver.start(block).layer, self.model.dtype))
         for sample in (few, self._sample):  # which may be fewer than a batch
             self.inputs.loss_q(start, sample)
 
-    def _clearly_better(self, outputs_NTD: Tensor, loss: Tensor, start: Run) -> bool:
+    def _clearly_better(self, candidate: Candidate, run_start: Run) -> bool:
         """Whether a few sequences leave no doubt, so that the successor need not wait for the start's loss on all.
 
-        They do not speak for the others where the trained block's own loss is another there: a few tokens of the text
-        may make up most of it.
+        They do not speak for the others where the candidate's own loss is another there: a few tokens of the text may
+        make up most of it.
         """
-        on_sample = self.inputs.loss_of(outputs_NTD, self._sample)
-        speaks_for_all = (on_sample - loss).abs() < ALIKE * loss  # false if NaN
-        return bool(speaks_for_all & (on_sample < CLEARLY * self.inputs.loss_q(start, self._sample)))
+        on_sample = self.inputs.loss_of(candidate.outputs_NTD, self._sample)
+        speaks_for_all = (on_sample - candidate.loss).abs() < ALIKE * candidate.loss  # false if NaN
+        return bool(speaks_for_all & (on_sample < CLEARLY * self.inputs.loss_q(run_start, self._sample)))
 
     @property
     def _sample(self) -> int:

@@ -1,4 +1,4 @@
-"""How a block is quantized: every solver takes a block at its start and returns it fused."""
+"""How a block is quantized: every solver takes a block at its start and gives it back fused."""
 
 import copy
 import math
@@ -12,26 +12,19 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from bisup_lightning.calibrate.block_calibration import BlockCalibration, Optimization
-from bisup_lightning.calibrate.recorded_step import RecordedStep
+from bisup_lightning.calibrate.captured_step import CapturedStep
 from bisup_lightning.calibrate.run_reader import Partial, RunReader
 from bisup_lightning.calibrate.wavefront import Relay
 from bisup_lightning.data.datamodule import BlockBatches, BlockDataModule
 from bisup_lightning.data.layer_inputs import LayerInputs, Run
 from bisup_lightning.errors import UserError
-from bisup_lightning.model.block import (
-    Theta,
-    add_theta,
-    draw_low_rank,
-    fuse_layer,
-    is_fused,
-    quantize_layer,
-    theta_parameters,
-)
+from bisup_lightning.model.block import fuse_layer, is_fused, quantize_layer
 from bisup_lightning.model.blockwise import BlockwiseModel, Positions, run_layer, run_layer_fast
 from bisup_lightning.model.family import LINEAR_INPUTS
 from bisup_lightning.model.kv import BlockKV
 from bisup_lightning.model.linear import PackedLinear, PackedSegment, QuantLinear
 from bisup_lightning.model.statistics import InputStatistics
+from bisup_lightning.model.theta import Theta, add_theta, draw_low_rank, theta_parameters
 from bisup_lightning.quant import gptq
 from bisup_lightning.quant.gptq import accumulate_hessian
 from bisup_lightning.quant.spec import Scheme
@@ -60,10 +53,7 @@ class Block:
         relay: Where its inputs come from.
         partial: Where an interrupted training of this block stopped, if it was saved.
         frugal: Whether training saves memory at the cost of a second forward pass.
-
-    Attributes:
-        when_fused: Takes the text through a fused block. A solver may call it as soon as there is one, so that the
-            device has something to compute while the host reads figures of the training.
+        quantized: What `start` gives copies of, once it was made.
     """
 
     index: int
@@ -82,10 +72,7 @@ class Block:
     relay: Relay
     partial: Partial | None = None
     frugal: bool = False
-    quantized: nn.Module | None = None  # what `start` gives copies of
-    learned: Mapping[str, Tensor] | None = None  # Θ of the solution, from a solver that keeps it
-    learned_before: Mapping[str, Tensor] | None = None  # Θ of the start, likewise
-    when_fused: Callable[[nn.Module], None] | None = None
+    quantized: nn.Module | None = None
 
     def start(self) -> nn.Module:
         """The block with rounding and grid-searched clips, where every solver starts; frozen weights are shared."""
@@ -102,6 +89,19 @@ class Block:
         return lambda hidden_BTD: run_layer_fast(layer, hidden_BTD, self.positions, self.kv)
 
 
+@dataclass(frozen=True)
+class Solution:
+    """A fused block.
+
+    Args:
+        layer: The block.
+        theta: What was learned of it, by name, on the host; None from a solver that learns nothing or does not keep it.
+    """
+
+    layer: nn.Module
+    theta: Mapping[str, Tensor] | None = None
+
+
 class Solver(ABC):
     """Quantizes one block after another.
 
@@ -115,32 +115,38 @@ class Solver(ABC):
         self.activation_clip = activation_clip
 
     needs_statistics = False  # of at least as many tokens as the widest linear input has channels
-    learns = False  # whether the device is busy with epochs, before which nothing need be read back from it
+    learns = False  # whether `solve` trains for epochs; then the walk reads no figure back from the device before it
     epochs = 1  # passes over the text
     fp_epochs = 0  # the first of them, which don't need what the quantized blocks before give
     theta_from: Path | None = None  # the run whose Θ it goes on from
 
-    def start(self, block: Block) -> nn.Module:
-        """The fused block that a solution must be better than: rounding with grid-searched clips."""
-        return fuse_layer(block.start())
+    def start(self, block: Block) -> Solution:
+        """What a solution must be better than: rounding with grid-searched clips."""
+        return Solution(fuse_layer(block.start()))
 
     @abstractmethod
-    def solve(self, block: Block) -> nn.Module | None:
-        """The fused block, or None where nothing better than the start was found."""
+    def solve(self, block: Block, run_fused: Callable[[nn.Module], None]) -> Solution | None:
+        """The fused block, or None where nothing better than the start was found.
+
+        Args:
+            block: At its start.
+            run_fused: Takes the text through a fused block. A solver may call it as soon as there is one, so that the
+                device has something to compute while the host reads figures of the training.
+        """
 
     def prepare(self, model: BlockwiseModel, index: int, seed: int) -> None:  # noqa: B027  some need nothing
         """Do what a block to come needs of the host alone, while the device is busy with another."""
 
     def let_go(self) -> bool:
-        """Free what is kept from one block to the next for speed alone; whether there was anything."""
+        """Free memory that is held from block to block for speed alone; whether there was any."""
         return False
 
 
 class RTN(Solver):
     """Rounding to nearest with grid-searched weight clips: the baseline (paper §5.1)."""
 
-    def solve(self, block: Block) -> nn.Module | None:
-        """The start is the solution."""
+    def solve(self, block: Block, run_fused: Callable[[nn.Module], None]) -> Solution | None:
+        """None: the start is the solution."""
         return None
 
 
@@ -179,28 +185,30 @@ class BiSup(Solver):
             raise ValueError(f"solver.fp_epochs must be 0 or more and fewer than the {epochs} epochs, not {fp_epochs}")
         self.theta, self.optimization, self.epochs, self.fp_epochs = theta, optimization, epochs, fp_epochs or 0
         self.keep_theta, self.theta_from = keep_theta, theta_from
-        self._recorded: RecordedStep | None = None  # of the last block
+        self._captured: CapturedStep | None = None  # by the last block that was trained
         self._training: BlockCalibration | None = None  # the one under way
         self._drawn: tuple[int, list[tuple[Tensor, Tensor]]] | None = None  # by which seed, and what
 
-    def start(self, block: Block) -> nn.Module:
-        """What was learned before, if anything was."""
+    def start(self, block: Block) -> Solution:
+        """The Θ of the run that this one goes on from, if there is one; else rounding."""
         if self.theta_from is None:
             return super().start(block)
         layer = self._learnable(block)
-        block.learned_before = on_host(theta_parameters(layer)) if self.keep_theta else None
-        return fuse_layer(layer)
+        theta = on_host(theta_parameters(layer)) if self.keep_theta else None
+        return Solution(fuse_layer(layer), theta)
 
-    def solve(self, block: Block) -> nn.Module | None:
+    def solve(self, block: Block, run_fused: Callable[[nn.Module], None]) -> Solution | None:
         """Learn Θ; once more at a tenth of the learning rate if the loss is not finite; give up after that."""
         for attempt in range(block.partial.attempt if block.partial else 0, ATTEMPTS):
-            layer, theta, loss = self._train(block, attempt)
+            layer, theta, loss = self._train(block, attempt, run_fused)
             if math.isfinite(loss):
-                block.learned = on_host(theta) if self.keep_theta else None
-                return layer if is_fused(layer) else fuse_layer(layer)  # without the Fuse callback
+                kept = on_host(theta) if self.keep_theta else None
+                return Solution(layer if is_fused(layer) else fuse_layer(layer), kept)  # if no Fuse callback fused it
         return None
 
-    def _train(self, block: Block, attempt: int) -> tuple[nn.Module, Mapping[str, Tensor], float]:
+    def _train(
+        self, block: Block, attempt: int, run_fused: Callable[[nn.Module], None]
+    ) -> tuple[nn.Module, Mapping[str, Tensor], float]:
         """A trained block, its Θ, and its last epoch's mean loss; what does not fit is trained in micro-batches."""
         saved = block.partial.path if block.partial and block.partial.attempt == attempt else None
         while True:
@@ -212,20 +220,20 @@ class BiSup(Solver):
             steps = self.epochs * len(batches)
             module = BlockCalibration(
                 layer, block.positions, block.kv, self.optimization, steps, attempt, micro_batch,
-                share=block.inputs.share, frugal=block.frugal, recorded=self._recorded, when_fused=block.when_fused,
+                share=block.inputs.share, frugal=block.frugal, captured=self._captured, run_fused=run_fused,
             )  # fmt: skip
-            self._recorded, self._training = None, module
+            self._captured, self._training = None, module
             trainer, out_of_memory = block.make_trainer(self.epochs), None
             try:
                 trainer.fit(module, BlockDataModule(batches), ckpt_path=saved, weights_only=True)
             except torch.OutOfMemoryError as error:
                 out_of_memory = error.with_traceback(None)  # which would keep the failed step's tensors alive
-                module.recorded = None
+                module.captured = None
             self._training = None
-            layer, theta, recorded = module.release()
+            layer, theta, captured = module.release()
             trainer.strategy.optimizers, trainer.strategy.lr_scheduler_configs = [], []  # or it would keep them as long
             if out_of_memory is None:
-                self._recorded = recorded
+                self._captured = captured
                 return layer, theta, trainer.callback_metrics["loss"].item()
             del layer, theta, module, batches, trainer
             if block.inputs.share.members > 1:  # the others wait for this one's gradients
@@ -238,10 +246,10 @@ class BiSup(Solver):
                 saved = None
 
     def let_go(self) -> bool:
-        """Free the recorded step, also that of a training which has just ended."""
-        held, self._recorded = self._recorded is not None, None
+        """Free the captured step, also that of a training which has just ended."""
+        held, self._captured = self._captured is not None, None
         if self._training is not None:
-            held, self._training.recorded = held or self._training.recorded is not None, None
+            held, self._training.captured = held or self._training.captured is not None, None
         if held:
             torch.cuda.empty_cache()
         return held
@@ -299,7 +307,7 @@ class GPTQ(Solver):
         self.damp, self.blocksize, self.act_order = damp, blocksize, act_order
 
     @torch.no_grad()
-    def solve(self, block: Block) -> nn.Module | None:
+    def solve(self, block: Block, run_fused: Callable[[nn.Module], None]) -> Solution | None:
         """Solve the linears of one input after those of the other, in the order in which the block computes them."""
         layer = block.start()
         unsolved: dict[str, QuantLinear] = {}
@@ -312,7 +320,7 @@ class GPTQ(Solver):
             hessian_II = self._hessian(block, layer, unsolved[entry.linears[0]].input_quantizer)
             for name in entry.linears:
                 layer.set_submodule(name, self._solve_linear(unsolved[name], hessian_II))
-        return fuse_layer(layer)
+        return Solution(fuse_layer(layer))
 
     def _hessian(self, block: Block, layer: nn.Module, quantizer: nn.Module) -> Tensor:
         seen: list[Tensor] = []

@@ -15,19 +15,19 @@ from bisup_lightning.data.layer_inputs import LayerInputs
 class Relay:
     """A block's predecessor and its successor are both in this process, so that nothing has to travel."""
 
-    arriving = False  # whether the inputs that the fused predecessor gives come while a block learns
+    final_inputs_come_late = False  # whether what the fused predecessor gives comes while a block learns
     stages = 1
 
     def blocks(self, first: int, end: int) -> range:
         """The blocks that this process calibrates."""
         return range(first, end)
 
-    def is_finished(self, block: int) -> bool:
-        """Whether a block was finished before this process began, and only full-precision inputs pass through it."""
+    def only_passes_fp(self, block: int) -> bool:
+        """Whether a block is not to be calibrated, and only full-precision inputs pass through it."""
         return False
 
-    def is_first_to_come(self, block: int) -> bool:
-        """Whether a block waits for inputs, and is the first here that does."""
+    def should_warm_up(self, block: int) -> bool:
+        """Whether a block is the first here that waits for inputs, so that there is time to compile."""
         return False
 
     def receive_fp(self, block: int, inputs: LayerInputs, prompt_1PD: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ class Chain(Relay):
         """The stage's own."""
         return self.run[self.place.stage :: self.stages]
 
-    def is_first_to_come(self, block: int) -> bool:
+    def should_warm_up(self, block: int) -> bool:
         """Of this stage's."""
         return self.block < self.run.start < block
 
@@ -127,7 +127,7 @@ class Independent(Chain):
         self.wanted, self.finished = wanted, finished
         super().__init__(range(wanted.stop), place, stream, prompt_1PD)
 
-    def is_finished(self, block: int) -> bool:
+    def only_passes_fp(self, block: int) -> bool:
         """Whether there is nothing to do."""
         return block not in self.wanted or block in self.finished
 
@@ -144,7 +144,7 @@ class Wavefront(Chain):
         prompt_1PD: Likewise.
     """
 
-    arriving = True
+    final_inputs_come_late = True
 
     def __init__(self, run: range, place: Place, stream: Tensor, prompt_1PD: Tensor) -> None:
         super().__init__(run, place, stream, prompt_1PD)

@@ -65,8 +65,8 @@ def test_work_done_ahead_changes_no_byte(fit, checkpoint, monkeypatch, tmp_path,
 def test_nothing_of_a_training_that_diverged_is_passed_on(fit, checkpoint, monkeypatch, tmp_path):
     passed, outputs_q = [], LayerInputs.outputs_q
 
-    def computed(self, *arguments):
-        outputs, loss = outputs_q(self, *arguments)
+    def computed(self, *arguments, **options):
+        outputs, loss = outputs_q(self, *arguments, **options)
         passed.append(loss.item())
         return outputs, loss
 
@@ -95,7 +95,7 @@ def test_what_does_not_fit_beside_a_training_has_its_turn_behind_it(fit, checkpo
     Trained.modules.clear()
 
     def scarce(layer, hidden_BTD, *more):
-        if Trained.modules and Trained.modules[-1].when_fused is not None:  # it is not released yet
+        if Trained.modules and Trained.modules[-1].run_fused is not None:  # it is not released yet
             failures.append(len(Trained.modules))
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return run_layer_fast(layer, hidden_BTD, *more)
@@ -115,9 +115,9 @@ def test_the_fused_block_is_computing_before_loggers_hear_of_the_last_epoch(fit,
         happened.append("told")
         tell(self, *arguments)
 
-    def computed(self, *arguments):
+    def computed(self, *arguments, **options):
         happened.append("computed")
-        return outputs_q(self, *arguments)
+        return outputs_q(self, *arguments, **options)
 
     def prepared(self, index):
         happened.append("prepared")

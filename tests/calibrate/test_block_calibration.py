@@ -11,9 +11,10 @@ from bisup_lightning.calibrate.block_calibration import BlockCalibration, Optimi
 from bisup_lightning.data.datamodule import BlockBatches, BlockDataModule
 from bisup_lightning.data.layer_inputs import LayerInputs
 from bisup_lightning.data.share import WHOLE
-from bisup_lightning.model.block import Theta, add_theta, quantize_layer, theta_parameters
+from bisup_lightning.model.block import quantize_layer
 from bisup_lightning.model.blockwise import BlockwiseModel, run_layer
 from bisup_lightning.model.kv import BlockKV, KVQuantizer
+from bisup_lightning.model.theta import Theta, add_theta, theta_parameters
 from bisup_lightning.quant.spec import Precision, QuantSpec, Scheme
 from tests.tools import Watch, with_callback
 

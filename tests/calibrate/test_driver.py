@@ -11,7 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bisup_lightning.calibrate.driver import BlockWalk
+from bisup_lightning.calibrate.driver import BlockWalk, Candidate
+from bisup_lightning.calibrate.solvers import Solution
 from bisup_lightning.cli import main
 from bisup_lightning.data.corpus import CalibrationData, calibration_tokens
 from bisup_lightning.data.layer_inputs import LayerInputs
@@ -157,9 +158,9 @@ def test_a_sample_leaves_no_doubt_where_it_is_like_the_rest(on_sample, behind, e
     x_NTD = torch.ones(32, 4, 8)
     inputs = LayerInputs(torch.zeros_like(x_NTD), x_NTD, torch.device("cpu"), 8)
     outputs_NTD = x_NTD * torch.tensor([on_sample, behind]).sqrt().repeat_interleave(16).view(-1, 1, 1)
-    loss = inputs.loss_of(outputs_NTD)
+    candidate = Candidate(Solution(torch.nn.Identity()), outputs_NTD, inputs.loss_of(outputs_NTD))
     walk = SimpleNamespace(inputs=inputs, _sample=16)
-    assert BlockWalk._clearly_better(walk, outputs_NTD, loss, lambda x_BTD: x_BTD) is expected
+    assert BlockWalk._clearly_better(walk, candidate, lambda x_BTD: x_BTD) is expected
 
 
 def test_gptq_beats_rounding_where_only_weights_are_quantized(checkpoint, watched_fit):

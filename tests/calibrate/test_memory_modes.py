@@ -14,9 +14,9 @@ from bisup_lightning.calibrate.driver import BlockWalk
 from bisup_lightning.calibrate.events import WalkCallback
 from bisup_lightning.cli import main
 from bisup_lightning.data.streams import Home
-from bisup_lightning.model.block import Theta, add_theta, theta_parameters
 from bisup_lightning.model.blockwise import BlockwiseModel, run_layer, run_layer_in_halves
 from bisup_lightning.model.kv import BlockKV, KVQuantizer
+from bisup_lightning.model.theta import Theta, add_theta, theta_parameters
 from bisup_lightning.quant.spec import QuantSpec
 from tests.calibrate.test_block_calibration import Problem
 from tests.model.test_compiled import SCHEMES, quantized

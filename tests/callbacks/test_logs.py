@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from bisup_lightning.calibrate import epoch_log
 from bisup_lightning.calibrate.events import WalkCallback
-from bisup_lightning.model.block import theta_by_kind
+from bisup_lightning.model.theta import theta_by_kind
 from callbacks.block_log import _append
 from tests.tools import BISUP, RTN, with_callback
 

@@ -10,8 +10,6 @@ import torch.nn.functional as F
 from bisup_lightning.calibrate.block_calibration import BlockCalibration, Optimization
 from bisup_lightning.model import block
 from bisup_lightning.model.block import (
-    Theta,
-    add_theta,
     check_scheme,
     fuse_layer,
     is_clip,
@@ -20,12 +18,12 @@ from bisup_lightning.model.block import (
     pack_layer,
     quantize_layer,
     stored_tensors,
-    theta_parameters,
 )
 from bisup_lightning.model.blockwise import run_layer
 from bisup_lightning.model.family import LINEAR_INPUTS, MLP_ACTIVATION, MLP_INPUT, linear_inputs
 from bisup_lightning.model.kv import BlockKV, KVQuantizer
 from bisup_lightning.model.statistics import InputStatistics
+from bisup_lightning.model.theta import Theta, add_theta, theta_parameters
 from bisup_lightning.quant.spec import QuantSpec, Scheme
 from tests import reference
 from tests.model.tiny import (

@@ -8,11 +8,12 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from bisup_lightning.calibrate.block_calibration import block_loss
-from bisup_lightning.model.block import Theta, add_theta, fuse_layer, hold_dense, quantize_layer, theta_parameters
+from bisup_lightning.model.block import fuse_layer, hold_dense, quantize_layer
 from bisup_lightning.model.blockwise import BlockwiseModel, run_layer, run_layer_fast
 from bisup_lightning.model.family import linear_inputs
 from bisup_lightning.model.kv import BlockKV, KVQuantizer
 from bisup_lightning.model.statistics import InputStatistics
+from bisup_lightning.model.theta import Theta, add_theta, theta_parameters
 from bisup_lightning.quant.spec import Precision, QuantSpec, Scheme
 
 CPU = torch.device("cpu")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from bisup_lightning.calibrate import block_calibration, driver, recorded_step, solvers
+from bisup_lightning.calibrate import block_calibration, captured_step, driver, solvers
 from bisup_lightning.calibrate.driver import BlockWalk
 from bisup_lightning.calibrate.events import WalkCallback
 from bisup_lightning.calibrate.run_reader import THETA
@@ -57,8 +57,8 @@ class PretendRecording(WalkCallback):
 
     def __init__(self) -> None:
         self.recorder = Recorder()
-        recorded_step.record = self.recorder.record
-        block_calibration.records = block_calibration.leaves_room = lambda device: True
+        captured_step.capture = self.recorder.record
+        block_calibration.can_capture = block_calibration.leaves_room = lambda device: True
 
     def on_walk_end(self, walk: BlockWalk) -> None:
         assert self.recorder.recordings == 1
@@ -68,8 +68,8 @@ class PretendRecording(WalkCallback):
 @pytest.fixture
 def recorder(monkeypatch):
     recorder = Recorder()
-    monkeypatch.setattr(recorded_step, "record", recorder.record)
-    monkeypatch.setattr(block_calibration, "records", lambda device: True)
+    monkeypatch.setattr(captured_step, "capture", recorder.record)
+    monkeypatch.setattr(block_calibration, "can_capture", lambda device: True)
     monkeypatch.setattr(block_calibration, "leaves_room", lambda device: recorder.leaves_room)
     return recorder
 
@@ -84,7 +84,7 @@ def outcome(run):
 
 def learned_unrecorded(fit, monkeypatch, checkpoint, folder, *more):
     with monkeypatch.context() as patched:
-        patched.setattr(block_calibration, "records", lambda device: False)
+        patched.setattr(block_calibration, "can_capture", lambda device: False)
         return outcome(run_of(fit, checkpoint, folder, *more))
 
 
