@@ -72,7 +72,7 @@ def test_base_names_everything_but_the_checkpoint_and_the_place():
 
 
 def test_the_documented_command_composes():
-    """The command of DESIGN section 4."""
+    """Configurations are composed: a precision, a transform and a solver behind the base."""
     objects = build(
         resolve(
             BASE, CONFIGS / "precision" / "w3a3-g128.yaml", CONFIGS / "transform" / "quarot.yaml",

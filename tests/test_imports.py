@@ -1,4 +1,4 @@
-"""The rule of DESIGN section 2, read from the source: who may import whom, and who may know what."""
+"""The rule of docs/architecture.md, read from the source: who may import whom, and who may know what."""
 
 import ast
 import re
@@ -106,7 +106,7 @@ def package_of(path: Path) -> str:
 @each_module
 def test_imports_only_what_lies_below(path):
     part = part_of(path)
-    assert part in MAY_IMPORT, "a new part of the package: give it a place in DESIGN section 2 and in this test"
+    assert part in MAY_IMPORT, "a new part of the package: give it a place in docs/architecture.md and in this test"
     allowed = MAY_IMPORT[part] | (LEAVES - {part}) | {part}
     if part in LEAVES:
         allowed = {part}

@@ -1,0 +1,1 @@
+"""Text, the two streams of hidden states, and batches of one block."""

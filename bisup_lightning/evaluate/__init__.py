@@ -1,0 +1,1 @@
+"""Perplexity, zero-shot accuracy, and where errors arise."""

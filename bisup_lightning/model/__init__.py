@@ -1,0 +1,1 @@
+"""Modules that quantize: a decoder layer with and without Θ, the KV cache, checkpoints read block by block."""

@@ -1,0 +1,1 @@
+"""Turning a model into an equivalent one that quantizes better."""
