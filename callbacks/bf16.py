@@ -17,5 +17,5 @@ class BF16(WalkCallback):
         return torch.bfloat16 if device.type == "cuda" else torch.float32
 
     def on_walk_start(self, walk: BlockWalk) -> None:
-        """Choose it."""
+        """Have the model read its blocks in that dtype, and the walk hold its streams in it."""
         walk.model.dtype = self.compute_dtype(walk.model.device)

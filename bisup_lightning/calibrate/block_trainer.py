@@ -8,6 +8,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loops import _FitLoop
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
+from typing_extensions import override
 
 from bisup_lightning.data.streams import side_stream
 
@@ -39,18 +40,21 @@ class BlockTrainer(Trainer):
 
 
 class OneOfManyBlocks(SingleDeviceStrategy):
-    """One device, which keeps its memory and what was trained: Lightning's own moves both to the host."""
+    """Keeps the trained module on the device, and the device's cached memory.
 
+    Lightning's own empties the cache before and behind a training, and moves the module to the CPU behind it.
+    """
+
+    @override
     def setup(self, trainer: Trainer) -> None:
-        """As Lightning does it, without the accelerator's part, which gives memory back and no more."""
         assert self.model is not None
         self.model = self.precision_plugin.convert_module(self.model)
         self.model_to_device()
         self.setup_optimizers(trainer)
         self.setup_precision_plugin()
 
+    @override
     def teardown(self) -> None:
-        """Likewise."""
         self.precision_plugin.teardown()
         self.checkpoint_io.teardown()
 
@@ -70,17 +74,17 @@ class BlockFitLoop(_FitLoop):
         super().__init__(trainer, min_epochs=usual.min_epochs, max_epochs=usual.max_epochs)
         self.epoch_loop = usual.epoch_loop
 
+    @override
     def setup_data(self) -> None:
-        """As Lightning does it; no batch is fetched yet."""
-        device = self.trainer.strategy.root_device
+        device = self.trainer.strategy.root_device  # no batch is fetched yet
         with torch.cuda.stream(side_stream("counting", device)) if device.type == "cuda" else nullcontext():
             super().setup_data()
 
 
 class BlockCheckpointConnector(_CheckpointConnector):
-    """What a training goes on from, if it was interrupted."""
+    """Gives cached memory back only behind a checkpoint that took some; Lightning's own does before every training."""
 
+    @override
     def resume_end(self) -> None:
-        """As Lightning does it, which gives memory back, but only behind a checkpoint that took some."""
         if self._loaded_checkpoint:
             super().resume_end()

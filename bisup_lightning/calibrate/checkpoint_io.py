@@ -16,7 +16,7 @@ class WholeFileIO(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Write it.
+        """Write a checkpoint.
 
         Raises:
             OSError: If it can't be written; torch's own writer would raise another kind.

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from bisup_lightning.calibrate.parallel import Place
 from bisup_lightning.data.layer_inputs import LayerInputs
@@ -76,36 +77,36 @@ class Chain(Relay):
         if self._prompt.numel():
             yield self._prompt
 
+    @override
     def blocks(self, first: int, end: int) -> range:
-        """The stage's own."""
         return self.run[self.place.stage :: self.stages]
 
+    @override
     def should_warm_up(self, block: int) -> bool:
-        """Of this stage's."""
         return self.block < self.run.start < block
 
+    @override
     def receive_fp(self, block: int, inputs: LayerInputs, prompt_1PD: Tensor) -> Tensor:
-        """From the predecessor; the first block has them already."""
         self.block = block
-        if self.place.upstream is None or block == self.run.start:
+        if self.place.upstream is None or block == self.run.start:  # which has its inputs already
             return prompt_1PD
         inputs.fp = inputs.home.hold(self.place.upstream.receive())
         return self.place.upstream.receive() if prompt_1PD.numel() else prompt_1PD
 
+    @override
     def send_fp(self, inputs: LayerInputs, prompt_1PD: Tensor) -> None:
-        """To the successor, if there is one."""
         if self.place.downstream is not None and self.block + 1 < self.run.stop:
             self.place.downstream.send(inputs.fp)
             if prompt_1PD.numel():
                 self.place.downstream.send(prompt_1PD)
 
+    @override
     def close(self) -> None:
-        """See that the successor gets it all."""
         if self.place.downstream is not None:
             self.place.downstream.flush()
 
+    @override
     def stop(self) -> None:
-        """Even what was not asked for."""
         if self.place.downstream is not None:
             self.place.downstream.stop()
 
@@ -127,8 +128,8 @@ class Independent(Chain):
         self.wanted, self.finished = wanted, finished
         super().__init__(range(wanted.stop), place, stream, prompt_1PD)
 
+    @override
     def only_passes_fp(self, block: int) -> bool:
-        """Whether there is nothing to do."""
         return block not in self.wanted or block in self.finished
 
 
@@ -150,26 +151,27 @@ class Wavefront(Chain):
         super().__init__(run, place, stream, prompt_1PD)
         self._waiting = False  # whether the predecessor's outputs are still to come
 
+    @override
     def _messages(self) -> Iterator[Tensor]:
         yield from super()._messages()
         yield self._stream
 
+    @override
     def receive_fp(self, block: int, inputs: LayerInputs, prompt_1PD: Tensor) -> Tensor:
-        """And begin with the block."""
         prompt_1PD = super().receive_fp(block, inputs, prompt_1PD)
         self._waiting = self.place.upstream is not None and block > self.run.start
         if self._waiting:
             inputs.q = inputs.fp  # leaves no memory to what it holds, which is another block's
         return prompt_1PD
 
+    @override
     def receive_final(self, inputs: LayerInputs) -> None:
-        """Once; the first block has them already."""
-        if self._waiting:
+        if self._waiting:  # for the first time; what comes later in a block's training finds them there
             assert self.place.upstream is not None
             inputs.q = inputs.home.hold(self.place.upstream.receive())
             self._waiting = False
 
+    @override
     def send_final(self, outputs_NTD: Tensor) -> None:
-        """To the successor, if there is one."""
         if self.place.downstream is not None and self.block + 1 < self.run.stop:
             self.place.downstream.send(outputs_NTD)

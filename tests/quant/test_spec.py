@@ -78,7 +78,7 @@ def test_groups_are_neighbours():
     ],
 )
 def test_clip_shape_says_what_shares_a_clip(granularity, group_size, shape):
-    """The table of granularities, and what it means: a changed clip value reaches its sharers' elements and no others."""
+    """And what that means: a changed clip value reaches the elements of its sharers and no others."""
     spec = QuantSpec(4, granularity=granularity, group_size=group_size)
     assert spec.clip_shape(5, 24) == shape
 
