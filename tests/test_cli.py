@@ -13,8 +13,9 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from bisup_lightning.cli import build_parser, main
+from bisup_lightning.cli import main
 from bisup_lightning.configuration import TRUST
+from bisup_lightning.parsers import build_parser
 from main import HELP
 from tests.inputs import ROOT
 from tests.tools import GPTQ, RTN, Interrupt, Interrupted, contents, traces, with_callback

@@ -8,7 +8,7 @@ import pytest
 from benchmarks.archive import unpack
 from benchmarks.tables import Cell, Clock, cells_of, command_of, main, page_of, parse
 from benchmarks.trends import trends_of
-from bisup_lightning.cli import build_parser
+from bisup_lightning.parsers import build_parser
 from tests.report.runs import results_of, write_run
 from tests.report.test_compare import NO_PROMPT, RTN, run_of
 

@@ -13,8 +13,9 @@ from bisup_lightning.calibrate.dry_run import Forecast
 from bisup_lightning.calibrate.measure import open_checkpoint
 from bisup_lightning.calibrate.parallel import Ranks
 from bisup_lightning.calibrate.signals import Signals
-from bisup_lightning.cli import main, make_job
+from bisup_lightning.cli import main
 from bisup_lightning.data import streams
+from bisup_lightning.job_config import make_job
 from bisup_lightning.parsers import fit_parser
 from tests.tools import BISUP, EAGER, GPTQ, QUAROT, RTN, Interrupt, Interrupted, Watch, with_callback
 

@@ -11,7 +11,8 @@ from bisup_lightning.calibrate import driver
 from bisup_lightning.calibrate.block_reader import BlockReader
 from bisup_lightning.calibrate.measure import evaluate_run
 from bisup_lightning.calibrate.signals import Signals
-from bisup_lightning.cli import main, published_job
+from bisup_lightning.cli import main
+from bisup_lightning.job_config import published_job
 from tests.inputs import fit_command
 from tests.processes import finish, ranks, wait_for_all
 from tests.tools import BISUP, EAGER, GPTQ, contents, timeless
