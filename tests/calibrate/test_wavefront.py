@@ -61,7 +61,7 @@ def test_one_stage_is_the_plain_walk(command, plain, tmp_path):
     assert timeless(run) == timeless(plain)
 
 
-def test_so_are_two_to_the_byte(wavefront, plain):
+def test_two_stages_are_the_plain_walk_to_the_byte(wavefront, plain):
     """Members of a stage add up in another order."""
     run, world = wavefront
     if world == 2:
@@ -84,7 +84,7 @@ def test_what_was_measured_is_what_the_model_gives(wavefront):
 
 
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_killed_at_random_moments_it_ends_in_the_same_bytes(wavefront, command, tmp_path, seed):
+def test_a_wavefront_killed_at_random_moments_ends_in_the_same_bytes(wavefront, command, tmp_path, seed):
     whole, world = wavefront
     if world == 4 and seed:
         pytest.skip("once is enough for four")
