@@ -2,6 +2,7 @@
 
 import sys
 
+# What the parser would say, kept a second time because importing it from the package loads PyTorch; a test compares.
 HELP = """\
 usage: main.py [-h] [--trust_classes_from MODULE] COMMAND ...
 
@@ -22,7 +23,7 @@ options:
 
 if __name__ == "__main__":
     if sys.argv[1:] in (["-h"], ["--help"]):
-        print(HELP, end="")  # at once, without loading PyTorch and Lightning
+        print(HELP, end="")
         sys.exit()
     from bisup_lightning.cli import main
 

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from benchmarks.step import GPU, matmul_rate, median_ms
 
 TOKENS, GROUP = 16384, 128
-SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096))
+WEIGHTS = ((4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096))  # rows and features, of an 8B model
 
 
 def measure(rows: int, features: int, rate: float) -> None:
-    """Print the rows of one shape."""
+    """Print the lines of one weight's shape."""
     codes_x, codes_w = ((torch.randn(n, features, device=GPU) * 2.5).round().clamp(-8, 7) for n in (TOKENS, rows))
     scale_x, scale_w = (torch.rand(n, features // GROUP, device=GPU) + 0.5 for n in (TOKENS, rows))
     x, w = (
@@ -52,7 +52,7 @@ def main() -> None:
     """Measure all shapes."""
     rate = matmul_rate()
     print(torch.__version__, torch.cuda.get_device_name(), f"{rate / 1e12:.0f} TFLOP/s measured")
-    for rows, features in SHAPES:
+    for rows, features in WEIGHTS:
         measure(rows, features, rate)
 
 

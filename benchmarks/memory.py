@@ -15,7 +15,9 @@ import torch
 from benchmarks.synthetic import SHAPES, write_checkpoint
 from bisup_lightning.calibrate.dry_run import Forecast, dry_run
 from bisup_lightning.calibrate.signals import Signals
-from bisup_lightning.cli import fit_parser, make_job, quieten
+from bisup_lightning.cli import quieten
+from bisup_lightning.job_config import make_job
+from bisup_lightning.parsers import fit_parser
 
 ROOT = Path(__file__).parent.parent
 MODES = ("auto", "low")

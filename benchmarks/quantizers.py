@@ -15,7 +15,7 @@ from bisup_lightning.quant import operators
 from bisup_lightning.quant.clipping import CLIP_GRID
 
 TOKENS = 16384
-SHAPES = ((14336, 4096), (4096, 14336))
+WEIGHTS = ((14336, 4096), (4096, 14336))  # rows and features: the gate or up projection, and the down projection
 
 
 def copy_rate() -> float:
@@ -77,7 +77,7 @@ def main() -> None:
     given = parser.parse_args()
     rate = copy_rate()
     print(torch.__version__, torch.cuda.get_device_name(), f"a copy moves {rate / 1e12:.2f} TB/s")
-    for rows, features in SHAPES:
+    for rows, features in WEIGHTS:
         for size in (128, features):
             weight(rows, features, size, rate)
             activation(features, size, rate)

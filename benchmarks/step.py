@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from benchmarks.synthetic import SHAPES, write_checkpoint
+from benchmarks.synthetic import EPOCH_PASSES, SHAPES, Shape, write_checkpoint
 from bisup_lightning.calibrate.block_calibration import block_loss
 from bisup_lightning.model.block import learn_by_codes, quantize_layer
 from bisup_lightning.model.blockwise import BlockwiseModel, run_layer
@@ -70,11 +70,11 @@ def print_rate() -> float:
     return rate
 
 
-def step_operations(shape: str, batch: int, length: int) -> float:
-    """Operations of one forward and backward pass: three products for each linear, causal attention likewise."""
-    hidden, mlp, heads, kv_heads, _ = SHAPES[shape]
-    weights = 2 * hidden**2 + 2 * hidden * (hidden // heads * kv_heads) + 3 * hidden * mlp
-    return 3 * (2 * weights * batch * length + 2 * length**2 * hidden * batch)
+def forward_operations(shape: Shape, batch: int, length: int) -> float:
+    """Operations of one forward pass of a block: the products of its linears and of causal attention."""
+    hidden = shape.hidden
+    weights = 2 * hidden**2 + 2 * hidden * (hidden // shape.heads * shape.kv_heads) + 3 * hidden * shape.mlp
+    return 2 * weights * batch * length + 2 * length**2 * hidden * batch
 
 
 def measure(name: str, parameters, loss, operations: float, rate: float) -> None:
@@ -107,7 +107,8 @@ def main() -> None:
     parser.add_argument("--transform", nargs="+", default=["none", "hadamard", "outliers"])
     parser.add_argument("--profile", action="store_true", help="a table of kernels behind compiled rows")
     given = parser.parse_args()
-    rate, operations = print_rate(), step_operations(given.shape, given.batch, given.length)
+    rate = print_rate()
+    operations = EPOCH_PASSES * forward_operations(SHAPES[given.shape], given.batch, given.length)
     folder = write_checkpoint(Path(tempfile.mkdtemp()), given.shape, num_blocks=1, device="cuda")
     model = BlockwiseModel(folder, GPU, torch.bfloat16, fused_attention=True)
     x_BTD, target_BTD = torch.randn(

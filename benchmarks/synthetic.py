@@ -10,6 +10,7 @@ import argparse
 import json
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -18,35 +19,65 @@ from transformers import LlamaConfig
 from bisup_lightning.model.family import EMBEDDING, FINAL_NORM, HEAD, Family, layer_prefix
 
 DEMO = Path(__file__).parent.parent / "assets" / "demo"
-SHAPES = {  # hidden size, MLP size, heads, key/value heads, blocks
-    "tiny": (128, 384, 4, 2, 2),
-    "1b": (2048, 8192, 32, 8, 16),
-    "8b": (4096, 14336, 32, 8, 32),
-    "32b": (5120, 27648, 40, 8, 64),
-    "70b": (8192, 28672, 64, 8, 80),
+
+
+class Shape(NamedTuple):
+    """Sizes of a Llama model.
+
+    Args:
+        hidden: Channels of the hidden state.
+        mlp: Channels inside the MLP.
+        heads: Attention heads.
+        kv_heads: Heads of keys and values.
+        blocks: Decoder layers.
+    """
+
+    hidden: int
+    mlp: int
+    heads: int
+    kv_heads: int
+    blocks: int
+
+
+SHAPES = {
+    "tiny": Shape(128, 384, 4, 2, 2),
+    "1b": Shape(2048, 8192, 32, 8, 16),
+    "8b": Shape(4096, 14336, 32, 8, 32),
+    "32b": Shape(5120, 27648, 40, 8, 64),
+    "70b": Shape(8192, 28672, 64, 8, 80),
 }
+SEQUENCES, LENGTH, EPOCHS = 128, 2048, 5  # of configs/base.yaml, and of BiSup by default; a length is in tokens
+
+# The cost of calibration, in forward passes of a block over the text. An epoch is a forward pass and a backward pass,
+# which has two products (gradients of inputs and of weights) for each one of the former. The least that a block costs
+# is one pass for the full-precision outputs that it learns, the epochs, and one pass for the quantized outputs that the
+# next block gets. The loss at the start is one more, which training does not need: it is not in the floor.
+EPOCH_PASSES = 3
+FLOOR_PASSES = 1 + EPOCHS * EPOCH_PASSES + 1  # 17
+
 STRONG = 16  # channels of each norm
 
 
 def write_checkpoint(
     folder: Path,
-    shape: str,
+    name: str,
     num_blocks: int | None = None,
     vocab_size: int = 8192,
     device: str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
 ) -> Path:
-    """Write config.json, tokenizer and one safetensors shard for each block."""
-    hidden, mlp, heads, kv_heads, blocks = SHAPES[shape]
+    """Write config.json, tokenizer and one safetensors shard for each block, of the shape that has this name."""
+    shape = SHAPES[name]
     config = LlamaConfig(
-        hidden_size=hidden, intermediate_size=mlp, num_attention_heads=heads, num_key_value_heads=kv_heads,
-        num_hidden_layers=num_blocks or blocks, vocab_size=vocab_size, rope_theta=5e5, max_position_embeddings=8192,
-        bos_token_id=0, eos_token_id=1, dtype=str(dtype).removeprefix("torch."), architectures=["LlamaForCausalLM"],
+        hidden_size=shape.hidden, intermediate_size=shape.mlp, num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads, num_hidden_layers=num_blocks or shape.blocks, vocab_size=vocab_size,
+        rope_theta=5e5, max_position_embeddings=8192, bos_token_id=0, eos_token_id=1,
+        dtype=str(dtype).removeprefix("torch."), architectures=["LlamaForCausalLM"],
     )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(DEMO / name, folder / name)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DEMO / file, folder / file)
     generator = torch.Generator(device).manual_seed(0)
 
     def draw(name: str, size: torch.Size) -> torch.Tensor:
@@ -58,7 +89,8 @@ def write_checkpoint(
         return weight.to(dtype).cpu()
 
     shapes, weight_map = Family(config).layer_shapes(0), {}
-    shared = {name: torch.Size([vocab_size, hidden]) for name in (EMBEDDING, HEAD)} | {FINAL_NORM: torch.Size([hidden])}
+    shared = {name: torch.Size([vocab_size, shape.hidden]) for name in (EMBEDDING, HEAD)}
+    shared[FINAL_NORM] = torch.Size([shape.hidden])
     shards = {"model-shared.safetensors": shared}
     for index in range(config.num_hidden_layers):
         block = {layer_prefix(index) + name: size for name, size in shapes.items()}
@@ -72,7 +104,7 @@ def write_checkpoint(
 
 
 def write_text(folder: Path) -> Path:
-    """Write a text that is long enough for 128 sequences of 2048 tokens."""
+    """Write a text that is long enough for `SEQUENCES` of `LENGTH`."""
     text = folder / "text.txt"
     text.write_text(" ".join(str(number) for number in range(400_000)), encoding="utf-8")
     return text

@@ -1,6 +1,6 @@
 """The paper's ablations on one model: Tables 3, A11, A12, A13 and A14, and which of the paper's trends hold there.
 
-    python benchmarks/tables.py --checkpoint REF --calibration wikipedia.txt --perplexity wiki.test.raw \
+    python -m benchmarks.tables --checkpoint REF --calibration wikipedia.txt --perplexity wiki.test.raw \
         --seq_len 1024 --max_chunks 64 --device cuda --jobs 4 --page docs/results.md --archive tables.tar.gz --minutes 9
 
 Every cell is one `python main.py fit`; cells that tables share are run once, and a finished one is not run again. Table
@@ -25,16 +25,15 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-from benchmarks.archive import pack, unpack  # noqa: E402
-from benchmarks.trends import trends_of  # noqa: E402
-from bisup_lightning.data.corpus import check_source  # noqa: E402
-from bisup_lightning.errors import UserError  # noqa: E402
-from bisup_lightning.model.checkpoint import resolve  # noqa: E402
-from bisup_lightning.report.compare import tables_of  # noqa: E402
-from bisup_lightning.report.run import RESULTS, Run  # noqa: E402
+from benchmarks.archive import pack, unpack
+from benchmarks.trends import trends_of
+from bisup_lightning.data.corpus import check_source
+from bisup_lightning.errors import UserError
+from bisup_lightning.model.checkpoint import resolve
+from bisup_lightning.report.compare import tables_of
+from bisup_lightning.report.run import RESULTS, Run
 
+ROOT = Path(__file__).parent.parent
 TABLES = ("3", "A11", "A12", "A13", "A14")
 ABLATIONS = {"3": ("fwac", "fwac-swas", "fwac-swas-slrec"), "A11": ("wac", "fwac", "fwac-was", "fwac-swas")}
 BASELINES = {"3": ("gptq", "rtn"), "A11": ("rtn",)}
@@ -261,7 +260,7 @@ def page_of(cells_by_table: dict[str, list[Cell]], options: argparse.Namespace) 
     parts = [
         f"# The paper's ablations on {Path(options.checkpoint).name}\n",
         f"{len(runs)} runs on {'; '.join(machines)}, written by\n",
-        f"```bash\n{shlex.join(['python', 'benchmarks/tables.py', *options.given])}\n```\n",
+        f"```bash\n{shlex.join(['python', '-m', 'benchmarks.tables', *options.given])}\n```\n",
         f"Each is one `fit`, the first of them\n\n```bash\n{shlex.join(example)}\n```\n",
         "Perplexity of the quantized model; ± is half the range over seeds. A method without `prompt` or `BiSup` in "
         "its name quantizes the first token like any other, as the paper's baselines do.\n",

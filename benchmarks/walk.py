@@ -2,9 +2,9 @@
 
     python -m benchmarks.walk --shape 8b --blocks 8 --config configs/precision/w4a4-g128.yaml
 
-Prints a line for each block, the mean of those behind the first two (which compile), the floor of 17 forward passes at
-the matmul rate that the GPU keeps up, measured in the same run, the share of time in which the GPU idles and the
-longest such times, and what 32 blocks would take.
+Prints a line for each block, the mean of those behind the first two (which compile), the floor of 17 forward passes
+(`FLOOR_PASSES`) at the matmul rate that the GPU keeps up, measured in the same run, the share of time in which the GPU
+idles and the longest such times, and what all blocks of the model would take.
 """
 
 import argparse
@@ -16,8 +16,8 @@ from typing import ClassVar
 
 import torch
 
-from benchmarks.step import print_rate, step_operations
-from benchmarks.synthetic import SHAPES, write_checkpoint, write_text
+from benchmarks.step import forward_operations, print_rate
+from benchmarks.synthetic import FLOOR_PASSES, LENGTH, SEQUENCES, SHAPES, write_checkpoint, write_text
 from bisup_lightning.calibrate.block_result import BlockResult
 from bisup_lightning.calibrate.driver import BlockWalk
 from bisup_lightning.calibrate.events import WalkCallback
@@ -106,13 +106,14 @@ def main() -> None:
     for block, seconds in zip(metrics["blocks"][1:], walls, strict=True):
         print(f"{block['index']:5} {seconds:6.2f}  " + "  ".join(f"{block['phases'][name]:14.3f}" for name in names))
     steady = walls[COMPILING:]  # walls begin at block 1; the profiled block is left out, too
-    mean, floor = sum(steady) / len(steady), step_operations(given.shape, 128, 2048) / 3 * 17 / rate
-    blocks = SHAPES[given.shape][4]
+    shape = SHAPES[given.shape]
+    mean = sum(steady) / len(steady)
+    floor = FLOOR_PASSES * forward_operations(shape, SEQUENCES, LENGTH) / rate
     print(f"mean of {len(steady)} blocks {mean:.2f} s, floor {floor:.2f} s: {mean / floor:.3f} of the floor")
     print(f"GPU idle in block {COMPILING}: {1 - Watched.busy:.3f} (under the profiler, which slows the host)")
     for idle, at, name in sorted(Watched.gaps, reverse=True)[:LONGEST]:
         print(f"  {idle * 1e3:6.1f} ms at {at:.3f} s before {name[:70]}")
-    print(f"whole command {wall:.1f} s; {blocks} blocks at that pace: {mean * blocks:.0f} s")
+    print(f"whole command {wall:.1f} s; {shape.blocks} blocks at that pace: {mean * shape.blocks:.0f} s")
     device, host = (metrics[f"peak_{place}_bytes"] / 2**30 for place in ("device", "host"))
     print(f"peak memory: device {device:.1f} GiB, host {host:.1f} GiB")
 

@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.synthetic import EPOCH_PASSES, EPOCHS, FLOOR_PASSES, LENGTH, SEQUENCES, SHAPES
 from bisup_lightning.calibrate.driver import SAMPLE
 
-SHAPES = {"8b": (32, 4096), "32b": (64, 5120), "70b": (80, 8192)}  # blocks, hidden size
-SEQUENCES, LENGTH, EPOCHS = 128, 2048, 5
-PASS, EPOCH = 1.0, 3.0  # a forward pass, of which the start's loss and the outputs take one each; an epoch
+PASS = 1.0  # a forward pass, the unit
 
 
 @dataclass(frozen=True)
@@ -64,14 +63,14 @@ def play(
     for block in range(blocks):
         now = max(free[block % stages], target) + PASS * forward
         target = now + travel
-        now += (EPOCHS - 1) * EPOCH * forward + undivided
+        now += (EPOCHS - 1) * EPOCH_PASSES * forward + undivided
         if chained:
             now = max(now, given)
-        now += (EPOCH + sample + PASS) * forward
+        now += (EPOCH_PASSES + sample + PASS) * forward
         given = now + travel
         free[block % stages] = now + PASS * forward
     seconds = max(free)
-    busy = blocks * ((PASS + EPOCHS * EPOCH + sample + 2 * PASS) * forward + undivided) / (seconds * stages)
+    busy = blocks * ((FLOOR_PASSES + PASS + sample) * forward + undivided) / (seconds * stages)
     messages = (blocks - 1) * (1 + chained) if stages > 1 else 0
     return Played(seconds, busy, messages * stream_bytes / stages)
 
@@ -87,10 +86,10 @@ def main() -> None:
     )
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 8, 64, 512])
     given = parser.parse_args()
-    blocks, hidden = SHAPES[given.shape]
-    stream = SEQUENCES * LENGTH * hidden * 2  # bfloat16
+    shape = SHAPES[given.shape]
+    blocks, stream = shape.blocks, SEQUENCES * LENGTH * shape.hidden * 2  # bytes of bfloat16
     one = play(blocks, 1, given.forward_seconds, stream, 1.0).seconds
-    units = PASS + EPOCHS * EPOCH + 2 * PASS
+    units = FLOOR_PASSES + PASS
     table = Table(
         "GPUs", "mode", "stages × members", "minutes", "speed-up", "of the ideal", "busy", "sent by each (GB)",
         "streams of each (GB)",

@@ -123,7 +123,7 @@ def build_parser() -> LightningArgumentParser:
         TRUST, action="append", metavar="MODULE", help="Module whose classes a configuration may name; see README."
     )
     commands = parser.add_subcommands(required=True)
-    for name, sub, line in (
+    for name, sub, line in (  # main.py repeats these lines, to show them at once
         ("fit", fit_parser(), "quantize a checkpoint"),
         ("test", test, "measure a run or a checkpoint"),
         ("predict", predict, "complete a text with a quantized model"),

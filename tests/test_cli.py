@@ -13,8 +13,9 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from bisup_lightning.cli import build_parser, main
+from bisup_lightning.cli import main
 from bisup_lightning.configuration import TRUST
+from bisup_lightning.parsers import build_parser
 from main import HELP
 from tests.inputs import ROOT
 from tests.tools import GPTQ, RTN, Interrupt, Interrupted, contents, traces, with_callback
@@ -213,7 +214,7 @@ def test_a_transform_is_known_by_its_name_alone(name):
     assert build_parser().parse_args(options).fit.transform.class_path.endswith(f".{name}")
 
 
-def test_no_solver_is_said_with_what_has_one(refused, checkpoint, tmp_path):
+def test_a_missing_solver_is_answered_with_a_configuration_that_has_one(refused, checkpoint, tmp_path):
     given = ["fit", f"--checkpoint={checkpoint}", f"--run_dir={tmp_path / 'never'}", "--data.calibration=self"]
     refused(given, "solver: none is given", "configs/base.yaml", "BiSup")
     assert not (tmp_path / "never").exists()
@@ -240,17 +241,17 @@ def test_a_run_without_the_callback_that_saves_blocks_says_so_first(fit_refused,
 
 
 @pytest.mark.parametrize("name", ["/no/such/model", "no-such-model", "./no-such", "a/b/c"])
-def test_a_missing_model(fit_refused, name):
+def test_a_missing_model_is_refused(fit_refused, name):
     fit_refused(name, [], "checkpoint", name)
 
 
-def test_a_hub_that_cannot_be_reached(fit_refused, monkeypatch):
+def test_a_hub_that_cannot_be_reached_is_told_of_with_the_model(fit_refused, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     fit_refused("nobody/no-such-model", [], "checkpoint", "nobody/no-such-model", "can't be reached")
 
 
 @pytest.mark.parametrize(("kind", "word"), [(GatedRepoError, "gated"), (RepositoryNotFoundError, "no model")])
-def test_a_hub_that_refuses(fit_refused, monkeypatch, kind, word):
+def test_a_refusal_of_the_hub_is_told_of_with_the_model(fit_refused, monkeypatch, kind, word):
     def refuse(*arguments, **settings):
         response = SimpleNamespace(headers={}, request=None, status_code=404)  # whatever library made it
         raise kind("404 Client Error.\n\nCannot access repository.\nPlease log in.", response=response)
@@ -270,12 +271,12 @@ def test_pickled_weights_are_not_read(fit_refused, altered):
     fit_refused(altered, [], "checkpoint", "pytorch_model.bin", "safetensors")
 
 
-def test_no_weights(fit_refused, altered):
+def test_a_checkpoint_without_weights_is_refused(fit_refused, altered):
     (altered / WEIGHTS).unlink()
     fit_refused(altered, [], "checkpoint", "no weights")
 
 
-def test_no_tokenizer(fit_refused, altered):
+def test_a_checkpoint_without_a_tokenizer_is_refused(fit_refused, altered):
     for file in altered.glob("tokenizer*"):
         file.unlink()
     line = fit_refused(altered, [], "checkpoint", "tokenizer", str(altered))
@@ -283,13 +284,13 @@ def test_no_tokenizer(fit_refused, altered):
 
 
 @pytest.mark.parametrize("text", ["{", "{}"])
-def test_a_damaged_tokenizer(fit_refused, altered, text):
+def test_a_damaged_tokenizer_is_refused(fit_refused, altered, text):
     (altered / "tokenizer.json").write_text(text)
     fit_refused(altered, [], "checkpoint", "tokenizer")
 
 
 @pytest.mark.parametrize("text", ["{", "{}", '{"model_type": "nonsense"}'])
-def test_a_damaged_configuration(fit_refused, altered, text):
+def test_a_damaged_configuration_is_refused(fit_refused, altered, text):
     (altered / "config.json").write_text(text)
     fit_refused(altered, [], "checkpoint", str(altered))
 
@@ -302,7 +303,9 @@ def change_configuration(folder, **settings):
 
 @pytest.mark.parametrize("calibration", ["self", None])
 @pytest.mark.parametrize("method", ["gptq", "bisup"])
-def test_a_configuration_that_calls_its_weights_quantized(fit_refused, altered, text_file, method, calibration):
+def test_a_configuration_that_calls_its_weights_quantized_is_refused(
+    fit_refused, altered, text_file, method, calibration
+):
     change_configuration(altered, quantization_config={"quant_method": method, "bits": 4})
     arguments = [f"--data.calibration={calibration or text_file}"]
     fit_refused(altered, arguments, "checkpoint", str(altered / "config.json"), f"quantization_config ({method})")
@@ -310,7 +313,7 @@ def test_a_configuration_that_calls_its_weights_quantized(fit_refused, altered, 
 
 @pytest.mark.parametrize("token", [8192, -1])
 @pytest.mark.parametrize("key", ["data.calibration=self", "evaluation.perplexity=[self]"])
-def test_a_first_token_that_the_model_does_not_know(fit_refused, altered, key, token):
+def test_a_first_token_that_the_model_does_not_know_is_refused(fit_refused, altered, key, token):
     change_configuration(altered, bos_token_id=token)
     fit_refused(altered, [f"--{key}"], key.split("=")[0], "bos_token_id", str(token), "8191")
 
@@ -322,13 +325,13 @@ def test_positions_that_are_stretched_count(fit_refused, altered):
     fit_refused(altered, ["--data.seq_len=512", "--blocks=0:1"], "blocks")  # refused for what comes behind it
 
 
-def test_truncated_weights(fit_refused, altered):
+def test_a_truncated_file_of_weights_is_refused(fit_refused, altered):
     content = (altered / WEIGHTS).read_bytes()
     (altered / WEIGHTS).write_bytes(content[: len(content) // 2])
     fit_refused(altered, [], "checkpoint", WEIGHTS)
 
 
-def test_a_missing_shard(fit_refused, make_checkpoint):
+def test_a_missing_shard_is_refused(fit_refused, make_checkpoint):
     folder = make_checkpoint(max_shard_size="300KB")
     shard = max(folder.glob("model-*.safetensors"))
     shard.unlink()
@@ -350,33 +353,33 @@ def test_a_tensor_of_another_shape_shows_before_the_work(fit_refused, altered):
     fit_refused(altered, [], "checkpoint", name)
 
 
-def test_a_tokenizer_with_more_tokens_than_the_model(fit_refused, make_checkpoint):
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(fit_refused, make_checkpoint):
     fit_refused(make_checkpoint(vocab_size=4096), [], "checkpoint", "token", "4096")
 
 
 # --- text -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_text_shorter_than_two_sequences(fit_refused, checkpoint, tmp_path):
+def test_a_text_shorter_than_two_sequences_is_refused(fit_refused, checkpoint, tmp_path):
     file = tmp_path / "short.txt"
     file.write_text("the " * 60)
     line = fit_refused(checkpoint, [f"--data.calibration={file}"], "data.calibration", "data.seq_len", str(file))
     assert "64" in line
 
 
-def test_an_evaluation_text_shorter_than_one_chunk(fit_refused, checkpoint, tmp_path):
+def test_an_evaluation_text_shorter_than_one_chunk_is_refused(fit_refused, checkpoint, tmp_path):
     file = tmp_path / "short.txt"
     file.write_text("the " * 10)
     fit_refused(checkpoint, [f"--evaluation.perplexity=[{file}]"], "evaluation.perplexity", str(file), "32")
 
 
 @pytest.mark.parametrize("source", ["/no/such.txt", "wikitext-3", "text.docx"])
-def test_an_unknown_calibration_text(fit_refused, checkpoint, source):
+def test_an_unknown_calibration_text_is_refused(fit_refused, checkpoint, source):
     fit_refused(checkpoint, [f"--data.calibration={source}"], "data.calibration", source)
 
 
 @pytest.mark.parametrize("source", ["/no/such.txt", "wikitext-3", "text.docx"])
-def test_an_unknown_evaluation_text(fit_refused, checkpoint, text_file, source):
+def test_an_unknown_evaluation_text_is_refused(fit_refused, checkpoint, text_file, source):
     fit_refused(checkpoint, [f"--evaluation.perplexity=[{text_file},{source}]"], "evaluation.perplexity", source)
 
 
@@ -392,7 +395,7 @@ def test_an_unknown_evaluation_text(fit_refused, checkpoint, text_file, source):
         ("no.parquet", b"nonsense", []),
     ],
 )
-def test_an_unreadable_text(fit_refused, checkpoint, tmp_path, key, name, content, words):
+def test_an_unreadable_text_is_refused(fit_refused, checkpoint, tmp_path, key, name, content, words):
     file = tmp_path / name
     file.write_bytes(content)
     value = f"[{file}]" if key == "evaluation.perplexity" else file
@@ -400,7 +403,7 @@ def test_an_unreadable_text(fit_refused, checkpoint, tmp_path, key, name, conten
 
 
 @pytest.mark.parametrize("argument", ["--data.calibration=wikitext2", "--evaluation.perplexity=[c4_new]"])
-def test_a_named_set_that_cannot_be_fetched(fit_refused, checkpoint, monkeypatch, argument):
+def test_a_named_set_that_cannot_be_fetched_is_refused(fit_refused, checkpoint, monkeypatch, argument):
     def unreachable(*arguments, **settings):
         raise ConnectionError("Couldn't reach the Hub\nafter five\ntries")
 
@@ -409,11 +412,11 @@ def test_a_named_set_that_cannot_be_fetched(fit_refused, checkpoint, monkeypatch
     fit_refused(checkpoint, [argument], key, source.strip("[]"), "Couldn't reach the Hub", "local file")
 
 
-def test_a_system_prompt_without_a_chat_template(fit_refused, checkpoint):
+def test_a_system_prompt_without_a_chat_template_is_refused(fit_refused, checkpoint):
     fit_refused(checkpoint, ["--prompt.kind=system"], "prompt.kind", "chat template")
 
 
-def test_a_chat_template_that_knows_no_system_message(fit_refused, altered):
+def test_a_chat_template_that_knows_no_system_message_is_refused(fit_refused, altered):
     """As Mistral-7B-Instruct-v0.1 has it."""
     settings = json.loads((altered / "tokenizer_config.json").read_text())
     settings["chat_template"] = (
@@ -443,13 +446,13 @@ def test_a_chat_template_that_knows_no_system_message(fit_refused, altered):
         (["--trainer.accelerator=foo"], ["trainer.accelerator", "foo"]),
     ],
 )
-def test_what_does_not_fit_the_model_or_the_text(fit_refused, checkpoint, arguments, words):
+def test_what_does_not_fit_the_model_or_the_text_is_refused(fit_refused, checkpoint, arguments, words):
     fit_refused(checkpoint, arguments, *words)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("accelerator", ["cuda", "gpu"])
-def test_a_gpu_that_is_not_there(fit_refused, refused, checkpoint, accelerator):
+def test_a_gpu_that_is_not_there_is_refused(fit_refused, refused, checkpoint, accelerator):
     fit_refused(checkpoint, [f"--trainer.accelerator={accelerator}"], "trainer.accelerator", accelerator, "cpu")
     refused(["test", f"--checkpoint={checkpoint}", f"--accelerator={accelerator}"], " accelerator:", accelerator)
 
@@ -466,7 +469,7 @@ def test_a_run_dir_that_is_a_file_stays_one(refused, fit_arguments, checkpoint, 
 
 
 @pytest.mark.parametrize("below", [".", "sub/sub"])
-def test_a_run_dir_that_cannot_be_written(refused, fit_arguments, checkpoint, tmp_path, monkeypatch, below):
+def test_a_run_dir_that_cannot_be_written_is_refused(refused, fit_arguments, checkpoint, tmp_path, monkeypatch, below):
     run = tmp_path / below
     monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)  # as it is for others than root
     before = traces(tmp_path)
@@ -474,7 +477,7 @@ def test_a_run_dir_that_cannot_be_written(refused, fit_arguments, checkpoint, tm
     assert traces(tmp_path) == before
 
 
-def test_a_run_dir_that_cannot_be_made_after_all(refused, fit_arguments, checkpoint, tmp_path, monkeypatch):
+def test_a_run_dir_that_cannot_be_made_after_all_is_refused(refused, fit_arguments, checkpoint, tmp_path, monkeypatch):
     def fail(*arguments, **settings):
         raise PermissionError(13, "Permission denied")
 
@@ -521,7 +524,7 @@ def test_a_dry_run_refuses_what_a_run_would(refused, finished, fit_arguments, ch
     assert not (tmp_path / "never").exists()
 
 
-def test_a_damaged_manifest(refused, finished, tmp_path):
+def test_a_damaged_manifest_is_refused(refused, finished, tmp_path):
     run, command = finished
     copy = shutil.copytree(run, tmp_path / "copy")
     (copy / "manifest.json").write_text('{"blocks": ')
@@ -574,21 +577,21 @@ def test_an_unknown_task_to_measure_names_the_known(refused, measured):
     refused([*measured, "--evaluation.zero_shot=[mmlu]"], "evaluation.zero_shot", "mmlu", "arc_easy, boolq", ".jsonl")
 
 
-def test_a_text_to_measure_on_that_is_shorter_than_one_chunk(refused, measured, tmp_path):
+def test_a_text_to_measure_on_that_is_shorter_than_one_chunk_is_refused(refused, measured, tmp_path):
     file = tmp_path / "short.txt"
     file.write_text("the " * 10)
     given = [f"--evaluation.perplexity=[{file}]", "--evaluation.seq_len=32"]
     refused([*measured, *given], "evaluation.perplexity", str(file), "12 tokens", "evaluation.seq_len = 32")
 
 
-def test_a_checkpoint_to_measure_without_a_tokenizer(refused, altered, text_file):
+def test_a_checkpoint_to_measure_without_a_tokenizer_is_refused(refused, altered, text_file):
     for file in altered.glob("tokenizer*"):
         file.unlink()
     refused(["test", f"--checkpoint={altered}", f"--evaluation.perplexity=[{text_file}]"], str(altered), "tokenizer")
 
 
 @pytest.mark.parametrize("command", ["test --run_dir={}", "predict --run_dir={} --text=Hello", "analyze --run_dir={}"])
-def test_a_run_whose_model_has_lost_its_tokenizer(refused, finished, tmp_path, command):
+def test_a_run_whose_model_has_lost_its_tokenizer_is_refused(refused, finished, tmp_path, command):
     run = shutil.copytree(finished[0], tmp_path / "run")
     for file in (run / "model").glob("tokenizer*"):
         file.unlink()
@@ -685,7 +688,7 @@ def test_help_of_fit_documents_every_key_of_base(capsys):
 
 
 @pytest.mark.parametrize("name", ["solvers.BiSup", "solvers.GPTQ", "solvers.RTN"])
-def test_help_of_a_solver(capsys, name):
+def test_help_of_a_solver_names_its_keys(capsys, name):
     assert "activation_clip" in shown(["fit", f"--solver.help=bisup_lightning.calibrate.{name}"], capsys)
 
 

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from bisup_lightning.calibrate.solvers import GPTQ, RTN, BiSup
-from bisup_lightning.cli import build_parser, fit_parser
+from bisup_lightning.parsers import build_parser, fit_parser
 from bisup_lightning.transform.reorder import Atom
 from bisup_lightning.transform.rotate import QuaRot
 from bisup_lightning.transform.transform import NoTransform

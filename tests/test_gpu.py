@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM
 from bisup_lightning.calibrate.block_calibration import block_loss
 from bisup_lightning.calibrate.captured_step import CapturedStep
 from bisup_lightning.calibrate.measure import read_results
-from bisup_lightning.cli import main, trainer_factory
+from bisup_lightning.cli import main
 from bisup_lightning.evaluate.perplexity import final_hidden
 from bisup_lightning.hub.load import open_quantized
+from bisup_lightning.job_config import trainer_factory
 from bisup_lightning.model.block import learn_by_codes, quantize_layer
 from bisup_lightning.model.blockwise import BlockwiseModel, run_layer
 from bisup_lightning.model.kv import BlockKV, KVQuantizer

@@ -234,7 +234,7 @@ FILES = {
 
 
 @pytest.mark.parametrize("content", FILES.values(), ids=FILES)
-def test_a_file_from_a_stranger(file_refused, tmp_path, monkeypatch, content):
+def test_a_hostile_file_is_refused_and_runs_nothing(file_refused, tmp_path, monkeypatch, content):
     file_refused(content)
     assert not (tmp_path / "ran").exists()
 
@@ -291,7 +291,7 @@ def test_a_class_from_elsewhere_is_not_even_imported(file_refused, stranger, con
 
 
 @pytest.mark.parametrize("path", ["os.system", "subprocess.Popen", "builtins.eval", "stranger.Own", "torch.load"])
-def test_nor_one_named_on_the_command_line(refused, stranger, path):
+def test_a_class_from_elsewhere_on_the_command_line_is_not_imported(refused, stranger, path):
     for key in ("solver", "transform", "trainer.callbacks+", "trainer.logger"):
         refused([f"--{key}={path}"], key.strip("+").split(".")[-1])
     assert not stranger()
@@ -307,7 +307,7 @@ def test_trust_needs_a_module(refused, module):
     refused([f"--trust_classes_from={module}"], "--trust_classes_from", "name a module")
 
 
-def test_trust_in_nothing(refused):
+def test_an_option_of_trust_without_a_module_is_refused(refused):
     refused(["--trust_classes_from"], "--trust_classes_from", "name a module")
 
 

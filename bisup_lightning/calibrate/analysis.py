@@ -29,7 +29,7 @@ def analyze_run(job: Job, chunks: int) -> dict[str, Any]:
     Raises:
         UserError: If its checkpoint is another by now.
     """
-    plain, tokenizer = open_original(job)
+    plain, tokenizer = open_original(job)  # untransformed; `fp` is the same model in the basis of the quantized one
     folder = plain.checkpoint.folder
     transformed = job.transform.checkpoint(plain.checkpoint, plain.family, job.device)
     fp = BlockwiseModel(folder, job.device, plain.dtype, checkpoint=transformed)

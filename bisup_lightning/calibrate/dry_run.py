@@ -1,18 +1,17 @@
 """What a run would take: one block is calibrated on a few random sequences, the rest is arithmetic."""
 
 import resource
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
-from lightning.pytorch import Trainer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from bisup_lightning.calibrate.block_trainer import BlockTrainer
 from bisup_lightning.calibrate.budget import GIB, Budget, check_room, compute_dtype, free_disk_bytes
-from bisup_lightning.calibrate.driver import BlockWalk
+from bisup_lightning.calibrate.driver import BlockWalk, MakeTrainer
 from bisup_lightning.calibrate.fit import calibration_tokens, transform
 from bisup_lightning.calibrate.job import Job, check, compiles, fingerprint
 from bisup_lightning.calibrate.measure import check_vocabulary, evaluation_sets, open_checkpoint
@@ -133,7 +132,7 @@ def calibrate(walk: BlockWalk, tokens_NT: Tensor) -> Mapping[str, float]:
     return walk.calibrate(0).phases
 
 
-def silent_trainers(device: torch.device) -> Callable[[int, int], Trainer]:
+def silent_trainers(device: torch.device) -> MakeTrainer:
     """Makes Trainers that write nothing."""
     accelerator = "gpu" if device.type == "cuda" else "cpu"
     return lambda index, epochs: BlockTrainer(device, epochs, accelerator=accelerator, logger=False)

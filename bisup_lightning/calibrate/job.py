@@ -1,15 +1,15 @@
 """What one run is asked for, and whether that can work."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback
 
 import bisup_lightning
-from bisup_lightning.calibrate.driver import Memory
+from bisup_lightning.calibrate.driver import MakeTrainer, Memory
 from bisup_lightning.calibrate.events import WalkCallback
 from bisup_lightning.calibrate.parallel import Parallel, Ranks
 from bisup_lightning.calibrate.run_reader import THETA, Resume, RunReader
@@ -74,7 +74,7 @@ class Job:
     evaluation: Evaluation
     seed: int
     callbacks: Sequence[Callback]
-    make_trainer: Callable[[int, int], Trainer]
+    make_trainer: MakeTrainer
     device: torch.device
     settings: Mapping[str, Any]
     config_yaml: str
@@ -104,6 +104,11 @@ class Job:
 
 def check(job: Job, plain: BlockwiseModel, scheme: Scheme) -> None:
     """Refuse what can be known to fail, before any work.
+
+    Args:
+        job: The job.
+        plain: Its checkpoint at full precision, untransformed (as wherever the word stands below).
+        scheme: What is quantized, once the model is transformed.
 
     Raises:
         UserError: Naming the key and the remedy.
@@ -137,13 +142,13 @@ def check(job: Job, plain: BlockwiseModel, scheme: Scheme) -> None:
         )
 
 
-def check_tokens(job: Job, fp: BlockwiseModel) -> None:
+def check_tokens(job: Job, plain: BlockwiseModel) -> None:
     """Refuse a text too small for what the transform or the solver learn from it.
 
     Raises:
         UserError: With the number of tokens needed.
     """
-    shapes = fp.family.layer_shapes(0)
+    shapes = plain.family.layer_shapes(0)
     needed = max(shapes[f"{name}.weight"][1] for entry in LINEAR_INPUTS for name in entry.linears)
     tokens = job.data.num_samples * job.data.seq_len
     parts: dict[str, Transform | Solver] = {"transform": job.transform, "solver": job.solver}
@@ -183,9 +188,9 @@ def compiles(job: Job, plain: BlockwiseModel) -> bool:
     return 2 * weights * job.data.num_samples * job.data.seq_len >= WORTH_COMPILING
 
 
-def fingerprint(job: Job, fp: BlockwiseModel) -> dict[str, Any]:
+def fingerprint(job: Job, plain: BlockwiseModel) -> dict[str, Any]:
     """All that the result depends on: settings, model files, text files, code version, device type."""
-    entries = {**job.settings, **checkpoint_digests(fp)}
+    entries = {**job.settings, **checkpoint_digests(plain)}
     for source in {job.data.calibration, *job.evaluation.perplexity, *job.evaluation.zero_shot}:
         if Path(source).is_file():
             entries[f"text/{source}"] = sha256(Path(source))
@@ -193,11 +198,11 @@ def fingerprint(job: Job, fp: BlockwiseModel) -> dict[str, Any]:
     return entries | (theta_to_start_from(job.solver.theta_from, entries) if job.solver.theta_from else {})
 
 
-def checkpoint_digests(fp: BlockwiseModel) -> dict[str, str]:
+def checkpoint_digests(plain: BlockwiseModel) -> dict[str, str]:
     """Entries of a fingerprint for the files of the checkpoint."""
-    folder = fp.checkpoint.folder
+    folder = plain.checkpoint.folder
     tokenizer = (path for pattern in TOKENIZER_FILES for path in sorted(folder.glob(pattern)))
-    paths = [folder / "config.json", *tokenizer, *fp.checkpoint.shards]
+    paths = [folder / "config.json", *tokenizer, *plain.checkpoint.shards]
     return {f"checkpoint/{path.name}": sha256(path) for path in paths}
 
 

@@ -8,7 +8,7 @@ import pytest
 from benchmarks.archive import unpack
 from benchmarks.tables import Cell, Clock, cells_of, command_of, main, page_of, parse
 from benchmarks.trends import trends_of
-from bisup_lightning.cli import build_parser
+from bisup_lightning.parsers import build_parser
 from tests.report.runs import results_of, write_run
 from tests.report.test_compare import NO_PROMPT, RTN, run_of
 
@@ -107,7 +107,7 @@ def test_a_failed_run_is_named_and_the_rest_makes_the_page(options, fits, capsys
     assert lines[-1].endswith("; 1 runs are left")
     page = options.page.read_text(encoding="utf-8")
     assert "2 runs on an abacus (torch 2.13.0, python 3.11.7)" in page
-    assert f"python benchmarks/tables.py --checkpoint={options.checkpoint}" in page
+    assert f"python -m benchmarks.tables --checkpoint={options.checkpoint}" in page
     assert "python main.py fit --config=configs/base.yaml" in page
     assert "--run_dir=runs/w4a4-g128-quarot-bisup-128-5-32-seed0" in page
 

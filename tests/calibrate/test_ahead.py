@@ -18,9 +18,10 @@ from bisup_lightning.calibrate.driver import BlockWalk
 from bisup_lightning.calibrate.epoch_log import EpochLog
 from bisup_lightning.calibrate.events import WalkCallback
 from bisup_lightning.calibrate.measure import read_results
-from bisup_lightning.cli import main, trainer_factory
+from bisup_lightning.cli import main
 from bisup_lightning.data.layer_inputs import LayerInputs
 from bisup_lightning.errors import UserError
+from bisup_lightning.job_config import trainer_factory
 from bisup_lightning.model.blockwise import BlockwiseModel
 from tests.tools import BISUP, EAGER, CutOff, Poison, Watch, contents, cut_off, timeless, with_callback
 

@@ -13,8 +13,9 @@ from bisup_lightning.calibrate.dry_run import Forecast
 from bisup_lightning.calibrate.measure import open_checkpoint
 from bisup_lightning.calibrate.parallel import Ranks
 from bisup_lightning.calibrate.signals import Signals
-from bisup_lightning.cli import main, make_job
+from bisup_lightning.cli import main
 from bisup_lightning.data import streams
+from bisup_lightning.job_config import make_job
 from bisup_lightning.parsers import fit_parser
 from tests.tools import BISUP, EAGER, GPTQ, QUAROT, RTN, Interrupt, Interrupted, Watch, with_callback
 
@@ -43,7 +44,9 @@ def forecasts(monkeypatch):
 @pytest.mark.parametrize(
     "settings", [(RTN,), (GPTQ, QUAROT), (BISUP, ATOM, "--transform.outliers=16"), (BISUP, "--memory=low")]
 )
-def test_it_measures_every_solver_and_writes_nothing(checkpoint, fit_arguments, tmp_path, capsys, forecasts, settings):
+def test_a_dry_run_measures_every_solver_and_writes_nothing(
+    checkpoint, fit_arguments, tmp_path, capsys, forecasts, settings
+):
     run = tmp_path / "run"
     assert main(fit_arguments(checkpoint, run, *settings, "--data.num_samples=96", "--dry_run")) == 0
     assert not list(tmp_path.iterdir())
@@ -144,7 +147,7 @@ def test_a_run_that_goes_on_is_not_asked(scarce, monkeypatch, checkpoint, fit_ar
     ("place", "key", "remedy"),
     [("device", "streams: ", "--streams host"), ("host", "data.seq_len: ", "smaller data.seq_len")],
 )
-def test_a_gpu_that_is_too_small(monkeypatch, tmp_path, place, key, remedy):
+def test_a_gpu_that_is_too_small_is_refused(monkeypatch, tmp_path, place, key, remedy):
     monkeypatch.setattr(budget.torch.cuda, "mem_get_info", lambda device: (1000, 2000))
     needs = Budget(place, stream=250, block=100, sequence=100, packed=1, shared=1, num_layers=1, on_gpu=True)
     check_room(replace(needs, stream=200), budget.torch.device("cuda"), tmp_path)

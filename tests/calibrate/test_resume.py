@@ -99,7 +99,7 @@ def test_a_run_may_be_cut_off_again_and_again(monkeypatch, command, run, undistu
     assert_same_run(run, undisturbed)
 
 
-def test_a_run_that_was_cut_off_while_it_was_measured(monkeypatch, command, run, undisturbed):
+def test_a_run_that_was_cut_off_while_it_was_measured_ends_in_the_same_bytes(monkeypatch, command, run, undisturbed):
     def fail(*arguments, **settings):
         raise Interrupted("while measuring")
 
@@ -113,7 +113,7 @@ def test_a_run_that_was_cut_off_while_it_was_measured(monkeypatch, command, run,
     assert_same_run(run, undisturbed)
 
 
-def test_a_run_that_was_killed(command, run, undisturbed):
+def test_a_run_that_was_killed_ends_in_the_same_bytes(command, run, undisturbed):
     """SIGKILL inside a block: no handler, no clean-up. `make faults` does it a few hundred times."""
     code, _ = Run(command, environment={"INTERRUPT_AT": "on_train_epoch_end:1"}).wait()
     assert code == -signal.SIGKILL
@@ -186,7 +186,7 @@ def test_damage_is_mended_and_never_built_upon(eager, run, undisturbed, caplog, 
         assert_same_run(copy, undisturbed)
 
 
-def test_what_is_left_is_used(eager, run, undisturbed):
+def test_without_its_streams_a_run_goes_on_from_its_blocks(eager, run, undisturbed):
     """Without the streams, the finished block is only run through; the block at hand goes on where it stopped."""
     truncate(run / "streams" / "00001.safetensors")
     Watch.fresh()
@@ -293,7 +293,7 @@ def test_a_finished_run_returns_at_once_and_touches_nothing(command, run, capsys
     assert first.endswith(again)  # the same table
 
 
-def test_a_run_that_was_cut_off_when_it_had_just_finished(command, run, undisturbed):
+def test_a_run_that_was_cut_off_when_it_had_just_finished_drops_its_streams(command, run, undisturbed):
     """The streams were to be dropped next, and are the largest files of all."""
     shutil.copytree(undisturbed, run)
     for name in ("streams/00003.safetensors", "partial/00002-0-000005.ckpt"):

@@ -94,7 +94,7 @@ def forge(run, change):
         "streams/00001.safetensors\n", "manifest.json",
     ],
 )  # fmt: skip
-def test_a_name_that_no_run_writes(refused, command, run, tmp_path, name):
+def test_a_manifest_with_a_name_that_no_run_writes_is_refused(refused, command, run, tmp_path, name):
     mine = tmp_path / "mine.txt"
     mine.write_text("mine")
     forge(run, lambda files: files.update({name: sha256(mine)}))
@@ -103,7 +103,7 @@ def test_a_name_that_no_run_writes(refused, command, run, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["blocks", "blocks/00000", "streams", "partial", "blocks/00000/block.safetensors"])
-def test_a_way_out_through_a_link(refused, command, run, tmp_path, name):
+def test_a_link_that_leads_out_of_the_run_is_refused(refused, command, run, tmp_path, name):
     """What is replaced would be deleted there."""
     elsewhere = tmp_path / "elsewhere"
     shutil.move(run / name, elsewhere)
@@ -117,7 +117,7 @@ def test_a_way_out_through_a_link(refused, command, run, tmp_path, name):
     "text",
     ["", "{", "[]", "3", "null", "{}", '{"fingerprint": 3, "files": 4, "sha256": 5}', "[" * 100_000, "\0"],
 )
-def test_a_manifest_that_is_none(refused, command, run, text):
+def test_a_manifest_that_is_none_is_refused(refused, command, run, text):
     (run / "manifest.json").write_text(text)
     refused(command, run, "manifest.json is damaged")
 
@@ -132,7 +132,7 @@ def test_a_manifest_that_is_none(refused, command, run, text):
         ("streams/00001.safetensors", b"nonsense"),
     ],
 )
-def test_a_file_that_no_run_writes_under_a_digest_that_fits(refused, command, run, name, content):
+def test_a_file_that_no_run_writes_is_refused_under_a_digest_that_fits(refused, command, run, name, content):
     (run / name).write_bytes(content)
     forge(run, lambda files: files.update({name: sha256(run / name)}))
     refused(command, run, "run_dir: ")
@@ -210,7 +210,7 @@ def test_a_silent_owner_elsewhere_or_one_that_cannot_be_read_is_taken_over(comma
     assert contents(run / "model") == contents(whole / "model")
 
 
-def test_without_kernel_locks_a_process_of_this_host_must_be_silent_too(refused, monkeypatch, command, run):
+def test_without_kernel_locks_an_owner_on_this_host_is_believed_while_it_shows_life(refused, monkeypatch, command, run):
     """A file system that knows no locks: a live neighbour must not be taken for a dead one."""
 
     def unsupported(*arguments):

@@ -75,7 +75,7 @@ def blocks_of(run):
 
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
 @pytest.mark.parametrize("place", ["on_train_epoch_end:0", "on_train_epoch_end:1"])
-def test_inside_training_the_next_step_is_the_last_and_is_saved(
+def test_a_signal_inside_training_makes_the_next_step_the_last_and_saves_it(
     monkeypatch, capsys, command, run, whole, name, code, place
 ):
     """Behind the second of three epochs, two steps each: the fifth step is made."""
@@ -90,7 +90,9 @@ def test_inside_training_the_next_step_is_the_last_and_is_saved(
 
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
 @pytest.mark.parametrize("place", ["on_train_end:0", "on_block_end:0", "on_block_start:1"])
-def test_behind_training_the_block_is_finished_and_saved(monkeypatch, capsys, command, run, whole, name, code, place):
+def test_a_signal_behind_training_lets_the_block_finish_and_saves_it(
+    monkeypatch, capsys, command, run, whole, name, code, place
+):
     command = [*command, "--trainer.logger=true"]
     assert interrupted(monkeypatch, capsys, command, place, name) == code
     assert blocks_of(run) == ["00000"]
@@ -103,7 +105,9 @@ def test_behind_training_the_block_is_finished_and_saved(monkeypatch, capsys, co
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_while_it_is_measured(monkeypatch, capsys, command, run, whole, signum, code):
+def test_a_signal_during_measurement_ends_the_run_and_keeps_its_model(
+    monkeypatch, capsys, command, run, whole, signum, code
+):
     with monkeypatch.context() as patch:
         patch.setattr(LanguageModelMetrics, "update", lambda *arguments: os.kill(os.getpid(), signum))
         capsys.readouterr()
@@ -119,7 +123,7 @@ def test_while_it_is_measured(monkeypatch, capsys, command, run, whole, signum, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_a_second_signal_ends_it_on_the_spot(command, run, whole, name):
+def test_a_second_signal_ends_the_run_on_the_spot(command, run, whole, name):
     """Nothing more is saved, and nothing is lost but what came after the last time that something was."""
     environment = {"INTERRUPT_AT": "on_train_epoch_end:1", "INTERRUPT_BY": f"{name} {name}"}
     code, stderr = Run(command, environment=environment).wait()

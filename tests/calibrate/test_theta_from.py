@@ -60,7 +60,7 @@ def test_an_epoch_behind_independent_blocks_wins_back_what_they_lost(command, pl
     assert losses_of(behind)[-1] < losses_of(from_rounding)[-1]
 
 
-def test_cut_off_it_ends_in_the_same_bytes(command, independent, tmp_path, monkeypatch):
+def test_a_run_from_another_theta_that_was_cut_off_ends_in_the_same_bytes(command, independent, tmp_path, monkeypatch):
     more = ("--solver.epochs=2", f"--solver.theta_from={independent}", "--solver.keep_theta=true", EAGER)
     whole = finished(command, tmp_path / "whole", *more)
     monkeypatch.setattr(Interrupt, "at", ("on_train_epoch_end", 1))
@@ -74,7 +74,7 @@ def test_cut_off_it_ends_in_the_same_bytes(command, independent, tmp_path, monke
         assert [(cut / name).read_bytes() for name in names] == [(whole / name).read_bytes() for name in names]
 
 
-def test_parts_that_are_merged_keep_it(command, independent, tmp_path):
+def test_a_merged_run_keeps_the_theta_of_its_parts(command, independent, tmp_path):
     parts = [tmp_path / "a", tmp_path / "b"]
     more = ("--solver.epochs=3", "--solver.keep_theta=true", "--parallel.mode=independent")
     for part, blocks in zip(parts, ("0:1", "1:3"), strict=True):
@@ -115,7 +115,7 @@ def test_a_damaged_theta_is_learned_anew_with_its_block(command, plain, tmp_path
             assert (run / path).read_bytes() == (plain / path).read_bytes()
 
 
-def test_one_learned_on_another_text_is_refused(command, plain, text_file, tmp_path, capsys):
+def test_a_theta_learned_on_another_text_is_refused(command, plain, text_file, tmp_path, capsys):
     """Even under the same name: orders of channels come from the text."""
     kept = text_file.read_bytes()
     try:
@@ -126,12 +126,12 @@ def test_one_learned_on_another_text_is_refused(command, plain, text_file, tmp_p
     assert f"differs in text/{text_file}" in capsys.readouterr().err
 
 
-def test_a_forecast_refuses_it_too(command, plain, tmp_path, capsys):
+def test_a_dry_run_refuses_a_theta_of_another_rank(command, plain, tmp_path, capsys):
     assert main(command(tmp_path / "never", f"--solver.theta_from={plain}", "--solver.theta.rank=4", "--dry_run")) == 2
     assert "solver.init_args.theta.rank" in capsys.readouterr().err
 
 
-def test_what_can_not_be_gone_on_from_is_refused(command, plain, line, tmp_path):
+def test_a_run_whose_theta_can_not_be_gone_on_from_is_refused(command, plain, line, tmp_path):
     def start(run):
         return f"--solver.theta_from={run}"
 

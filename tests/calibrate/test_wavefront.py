@@ -11,7 +11,8 @@ from bisup_lightning.calibrate import driver
 from bisup_lightning.calibrate.block_reader import BlockReader
 from bisup_lightning.calibrate.measure import evaluate_run
 from bisup_lightning.calibrate.signals import Signals
-from bisup_lightning.cli import main, published_job
+from bisup_lightning.cli import main
+from bisup_lightning.job_config import published_job
 from tests.inputs import fit_command
 from tests.processes import finish, ranks, wait_for_all
 from tests.tools import BISUP, EAGER, GPTQ, contents, timeless
@@ -60,7 +61,7 @@ def test_one_stage_is_the_plain_walk(command, plain, tmp_path):
     assert timeless(run) == timeless(plain)
 
 
-def test_so_are_two_to_the_byte(wavefront, plain):
+def test_two_stages_are_the_plain_walk_to_the_byte(wavefront, plain):
     """Members of a stage add up in another order."""
     run, world = wavefront
     if world == 2:
@@ -83,7 +84,7 @@ def test_what_was_measured_is_what_the_model_gives(wavefront):
 
 
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_killed_at_random_moments_it_ends_in_the_same_bytes(wavefront, command, tmp_path, seed):
+def test_a_wavefront_killed_at_random_moments_ends_in_the_same_bytes(wavefront, command, tmp_path, seed):
     whole, world = wavefront
     if world == 4 and seed:
         pytest.skip("once is enough for four")

@@ -116,7 +116,7 @@ def test_blocks_in_csv_are_those_of_the_results(logged):
         assert row["tokens_per_second"] == pytest.approx(8 * 32 / block["seconds"])
 
 
-def test_tensorboard_holds_the_same(logged):
+def test_tensorboard_holds_what_the_results_hold(logged):
     blocks = json.loads((logged / "results.json").read_text(encoding="utf-8"))["blocks"]
     assert len(list((logged / "logs" / "blocks").iterdir())) == 1
     walk = EventAccumulator(str(logged / "logs" / "blocks")).Reload()

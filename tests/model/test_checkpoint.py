@@ -111,17 +111,17 @@ def test_resolve_takes_a_folder_as_it_is(whole, sharded):
 
 
 @pytest.mark.parametrize("name", ["/nowhere/at/all", "./nowhere", "nowhere", "a/b/c", "../x"])
-def test_a_missing_folder(name):
+def test_a_missing_folder_is_refused(name):
     assert name in refusal(lambda: resolve(name))
 
 
-def test_a_folder_without_a_configuration(copy_of, whole):
+def test_a_folder_without_a_configuration_is_refused(copy_of, whole):
     folder = copy_of(whole)
     (folder / "config.json").unlink()
     assert "no config.json" in refusal(lambda: resolve(str(folder)))
 
 
-def test_a_folder_without_weights(copy_of, whole):
+def test_a_folder_without_weights_is_refused(copy_of, whole):
     folder = copy_of(whole)
     (folder / SINGLE).unlink()
     message = refusal(lambda: resolve(str(folder)))
@@ -150,7 +150,7 @@ def rewrite_index(folder, change):
 @pytest.mark.parametrize(
     "shard", ["../evil.safetensors", "/etc/passwd", "sub/x.safetensors", "absent.safetensors", ".."]
 )
-def test_an_index_that_points_outside_its_folder_or_to_nothing(copy_of, sharded, shard):
+def test_an_index_that_points_outside_its_folder_or_to_nothing_is_refused(copy_of, sharded, shard):
     folder = copy_of(sharded)
     save_file({FINAL_NORM: torch.zeros(64)}, folder.parent / "evil.safetensors")
     (folder / "sub").mkdir()
@@ -162,13 +162,13 @@ def test_an_index_that_points_outside_its_folder_or_to_nothing(copy_of, sharded,
 
 
 @pytest.mark.parametrize("text", ["{", "", "[]", "{}", '{"weight_map": 3}', '{"weight_map": ["a"]}', "\x00"])
-def test_a_damaged_index(copy_of, sharded, text):
+def test_a_damaged_index_is_refused(copy_of, sharded, text):
     folder = copy_of(sharded)
     (folder / INDEX).write_text(text)
     assert INDEX in refusal(lambda: Checkpoint(folder))
 
 
-def test_an_index_whose_shards_are_no_names(copy_of, sharded):
+def test_an_index_whose_shards_are_no_names_is_refused(copy_of, sharded):
     folder = copy_of(sharded)
     rewrite_index(folder, lambda index: {"weight_map": dict.fromkeys(index["weight_map"], 7)})
     assert INDEX in refusal(lambda: Checkpoint(folder))
@@ -215,7 +215,7 @@ def test_a_damaged_shard_is_named(copy_of, whole, sharded, how):
     assert shard in refusal(lambda: checkpoint.read_layer(1, CPU))
 
 
-def test_a_tensor_that_its_shard_lacks(copy_of, sharded):
+def test_a_tensor_that_its_shard_lacks_is_refused(copy_of, sharded):
     folder = copy_of(sharded)
     other = sorted(folder.glob("*.safetensors"))[-1].name
     name = "model.layers.0.mlp.up_proj.weight"
@@ -225,7 +225,7 @@ def test_a_tensor_that_its_shard_lacks(copy_of, sharded):
     assert name in message
 
 
-def test_a_tensor_that_nothing_holds(whole):
+def test_a_tensor_that_nothing_holds_is_refused(whole):
     assert re.search("no tensor model.nothing", refusal(lambda: Checkpoint(whole).read(["model.nothing"])))
 
 
@@ -235,13 +235,13 @@ def rewrite_tensors(folder, change):
     save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
 
 
-def test_a_block_that_lacks_a_tensor(copy_of, whole):
+def test_a_block_that_lacks_a_tensor_is_refused(copy_of, whole):
     folder = copy_of(whole)
     rewrite_tensors(folder, lambda tensors: tensors.pop("model.layers.0.self_attn.q_proj.weight"))
     assert "model.layers.0.self_attn.q_proj.weight" in refusal(lambda: BlockwiseModel(folder, CPU).layer(0))
 
 
-def test_a_configuration_of_another_size(copy_of, whole):
+def test_a_configuration_of_another_size_is_refused(copy_of, whole):
     folder = copy_of(whole)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 32}))

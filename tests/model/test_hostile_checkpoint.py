@@ -115,7 +115,7 @@ HEADERS = {
 
 
 @pytest.mark.parametrize("content", HEADERS.values(), ids=HEADERS)
-def test_a_hostile_header(refusal, folder, content):
+def test_a_hostile_header_is_refused(refusal, folder, content):
     (folder / SINGLE).write_bytes(content)
     refusal(folder, SINGLE)
 
@@ -124,21 +124,21 @@ def test_a_hostile_header(refusal, folder, content):
     "name", [NORM, "model.embed_tokens.weight", "lm_head.weight", "model.layers.1.mlp.up_proj.weight"]
 )
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float8_e4m3fn])
-def test_weights_that_are_no_floats(refusal, folder, name, dtype):
+def test_weights_that_are_no_floats_are_refused(refusal, folder, name, dtype):
     tensors = load_file(folder / SINGLE)
     save_file(tensors | {name: tensors[name].to(dtype)}, folder / SINGLE, {"format": "pt"})
     refusal(folder, SINGLE, name, "quantized already")
 
 
 @pytest.mark.parametrize("name", [NORM, "model.embed_tokens.weight", "lm_head.weight"])
-def test_a_shared_tensor_of_another_shape(refusal, folder, name):
+def test_a_shared_tensor_of_another_shape_is_refused(refusal, folder, name):
     tensors = load_file(folder / SINGLE)
     save_file(tensors | {name: tensors[name][:-1].clone()}, folder / SINGLE, {"format": "pt"})
     refusal(folder, SINGLE, name, "config.json asks for")
 
 
 @pytest.mark.parametrize("name", ["mlp.up_proj.weight_scale_inv", "self_attn.q_proj.bias", "input_layernorm.nonsense"])
-def test_a_tensor_that_does_not_belong_in_a_block(refusal, folder, name):
+def test_a_tensor_that_does_not_belong_in_a_block_is_refused(refusal, folder, name):
     """The scales of quantized weights, or a bias that config.json denies: ignored, they would spoil the result."""
     name = f"model.layers.0.{name}"
     save_file(load_file(folder / SINGLE) | {name: torch.zeros(64)}, folder / SINGLE, {"format": "pt"})
@@ -169,13 +169,13 @@ INDICES = {
 
 
 @pytest.mark.parametrize("text", INDICES.values(), ids=INDICES)
-def test_a_hostile_index(refusal, folder, text):
+def test_a_hostile_index_is_refused(refusal, folder, text):
     (folder / SINGLE).rename(folder.parent / f"{folder.name}.safetensors")
     (folder / INDEX).write_text(text)
     refusal(folder, INDEX)
 
 
-def test_an_index_that_names_a_shard_for_what_it_lacks(refusal, folder):
+def test_an_index_that_names_a_shard_for_what_it_lacks_is_refused(refusal, folder):
     (folder / SINGLE).rename(folder / "one.safetensors")
     names = [*load_file(folder / "one.safetensors"), "model.layers.2.mlp.up_proj.weight"]
     (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(names, "one.safetensors")}))
@@ -239,7 +239,7 @@ CONFIGURATIONS = [
 
 
 @pytest.mark.parametrize(("key", "value"), CONFIGURATIONS, ids=lambda value: str(value)[:24])
-def test_an_absurd_configuration(refusal, folder, key, value):
+def test_an_absurd_configuration_is_refused(refusal, folder, key, value):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {key: value}))
     line = refusal(folder)
@@ -247,7 +247,7 @@ def test_an_absurd_configuration(refusal, folder, key, value):
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "{" * 10, '{"a":' * 100_000, "[]", "3", "null", "\ud800", ""])
-def test_a_configuration_that_is_none(refusal, folder, text):
+def test_a_configuration_that_is_none_is_refused(refusal, folder, text):
     (folder / "config.json").write_bytes(text.encode("utf-8", "surrogatepass"))
     refusal(folder, "config.json")
 
@@ -272,7 +272,7 @@ def test_remote_code_is_not_run_and_nobody_is_asked(fit_refusal, folder, tmp_pat
     assert not ran.exists()
 
 
-def test_the_tokenizer_of_another_model(fit_refusal, folder):
+def test_the_tokenizer_of_another_model_is_refused(fit_refusal, folder):
     """One word more than the model knows, and it occurs."""
     tokenizer = json.loads((DEMO / "tokenizer.json").read_text(encoding="utf-8"))
     vocabulary = tokenizer["model"]["vocab"]
@@ -285,7 +285,7 @@ def test_the_tokenizer_of_another_model(fit_refusal, folder):
 # --- all the way through ----------------------------------------------------------------------------------------------
 
 
-def test_a_fit_says_it_in_one_line(fit_refusal, folder):
+def test_a_fit_refuses_a_hostile_checkpoint_in_one_line(fit_refusal, folder):
     """A file for each kind: index, configuration, header."""
     shard = (folder / SINGLE).rename(folder / "one.safetensors")
     (folder / INDEX).write_text(INDICES["a way out"])

@@ -84,7 +84,7 @@ def test_runs_that_differ_in_more_than_their_seed_have_rows_of_their_own():
     assert [(row["method"], row["<tiny>"]) for row in table(runs, "Tables 1")[2:]] == rows
 
 
-def test_settings_also_tell_columns_apart():
+def test_settings_tell_columns_apart():
     budgets = [{"solver.init_args.epochs": 2}, {"solver.init_args.theta.rank": 64}, {"data.num_samples": 64}]
     runs = [run_of(10.0 + place, lr | budget) for place, lr in enumerate((SLOW, FAST)) for budget in budgets]
     (a12, *_), (a13,), (a14, *_) = (table(runs, f"Table {name}") for name in ("A12", "A13", "A14"))

@@ -76,7 +76,7 @@ def test_a_broken_rotation_is_refused_in_one_line(checkpoint_of, kind):
     assert "\n" not in str(caught.value)
 
 
-def test_a_sound_one_passes_far_below_the_tolerance(checkpoint_of):
+def test_a_sound_rotation_passes_far_below_the_tolerance(checkpoint_of):
     plain, rotated = through(checkpoint_of("qwen2, tied, six heads"), RotatedCheckpoint)
     assert check_invariance(plain, rotated, tokens(16, 1)) < TOLERANCE / 10
 
