@@ -48,8 +48,8 @@ def weight(rows: int, features: int, size: int, rate: float, note: str = "") -> 
     for codes in (None, torch.float8_e4m3fn):
         step = lambda c=codes: operators.round_weight(*options, torch.bfloat16, c)  # noqa: E731
         report(f"round {name}{', with codes' if codes else ''}", step, (5 if codes else 4) * w.numel(), rate)
-    absmax, largest = step()[1:3]
-    backward = lambda: operators.round_weight_gradient(grad, absmax, largest, *options)  # noqa: E731
+    absmax, signed_argmax = step()[1:3]
+    backward = lambda: operators.round_weight_gradient(grad, absmax, signed_argmax, *options)  # noqa: E731
     report(f"gradients {name}", backward, 4 * w.numel(), rate)
     clips = torch.tensor(CLIP_GRID, device=GPU)
     search = lambda: operators.clip_errors(w, clips, 4, size, torch.bfloat16)  # noqa: E731

@@ -119,7 +119,7 @@ def test_quant_knows_torch_alone(path):
     allowed = {"torch", PACKAGE, *sys.stdlib_module_names}
     if path.name == "hadamard.py":  # whose tables are data of a library
         allowed |= {"safetensors"}
-    if path.name in ("kernels.py", "operators.py"):  # which nothing imports where there is no Triton
+    if path.name in ("kernels.py", "operators.py"):  # if it is installed
         allowed |= {"triton"}
     assert {name.split(".")[0] for name in imported_modules(read(path), package_of(path))} <= allowed
 

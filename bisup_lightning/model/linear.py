@@ -12,13 +12,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from bisup_lightning.quant import integer_product, low_rank
+from bisup_lightning.quant import integer_product, low_rank, operators
 from bisup_lightning.quant.affine import (
     as_stored,
     dequantize,
     fake_quantize,
     fake_quantize_segments,
-    operators,
     quantize,
     side_by_side,
     wide,
@@ -231,7 +230,7 @@ class QuantLinear(nn.Module):
 
     def _by_kernels(self) -> bool:
         rank = 0 if self.low_rank_a is None else self.low_rank_a.shape[1]
-        return operators is not None and operators.take(self.weight, rank)
+        return operators.supports(self.weight, rank)
 
     def _rounded_by_kernel(
         self,
@@ -244,7 +243,6 @@ class QuantLinear(nn.Module):
         """What `round_weight` gives for some columns of Ŵ, keeping nothing of W's size for the gradients."""
         factors_I = self.column_factors()
         b_RC = None if self.low_rank_b is None else self.low_rank_b[:, columns]
-        assert operators is not None
         return operators.round_weight(
             self.weight[:, columns], self.low_rank_a, b_RC, None if factors_I is None else factors_I[columns], clip,
             spec.bits, spec.group_size or columns.stop - columns.start, "none" if b_RC is None else self.low_rank_form,

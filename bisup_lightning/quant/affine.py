@@ -5,15 +5,12 @@ All arithmetic runs in float32 or wider, whatever the dtype of the tensors, and 
 """
 
 from collections.abc import Sequence
-from importlib import import_module
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
+from bisup_lightning.quant import operators
 from bisup_lightning.quant.spec import MIN_SCALE, QuantSpec, Segment
-
-operators = import_module("bisup_lightning.quant.operators") if find_spec("triton") else None
 
 
 def to_groups(x: Tensor, spec: QuantSpec) -> Tensor:
@@ -46,33 +43,34 @@ def scale_and_offset(
     """
     x_Gg = wide(x_Gg)
     if spec.symmetric:
-        reach, offset = _Largest.apply(x_Gg.abs()), None
+        reach, offset = _Maximum.apply(x_Gg.abs()), None
     else:
-        offset = -_Largest.apply(-x_Gg)
-        reach = _Largest.apply(x_Gg) - offset
+        offset = -_Maximum.apply(-x_Gg)
+        reach = _Maximum.apply(x_Gg) - offset
     scale = reach / spec.qmax
     if clip_G is not None:
         scale = scale * clip_G.to(scale.dtype).unsqueeze(-1)
     return storable(scale, scale_dtype), offset
 
 
-class _Largest(torch.autograd.Function):
-    """Largest element of the last dimension, kept; its gradient goes to the first that equals it.
+class _Maximum(torch.autograd.Function):
+    """Maximum of the last dimension, which is kept as [..., 1]; the gradient goes to the first element that equals it.
 
-    Found by its place: compiled code computes x anew in the backward pass, a digit off, and may find nothing equal.
+    Its index is saved, not x to compare with: compiled code computes x anew in the backward pass, where the last digit
+    may differ and nothing equal the maximum.
     """
 
     @staticmethod
     def forward(ctx, x):
-        largest, place = x.max(-1, keepdim=True)
-        ctx.save_for_backward(place)
+        maximum, index = x.max(-1, keepdim=True)
+        ctx.save_for_backward(index)
         ctx.size = x.shape[-1]
-        return largest
+        return maximum
 
     @staticmethod
     def backward(ctx, grad):
-        (place,) = ctx.saved_tensors
-        return grad * (torch.arange(ctx.size, device=grad.device) == place)
+        (index,) = ctx.saved_tensors
+        return grad * (torch.arange(ctx.size, device=grad.device) == index)
 
 
 def as_stored(x: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -92,8 +90,8 @@ _there_and_back.register_autograd(lambda ctx, grad: (grad, None))
 
 def storable(scale: Tensor, dtype: torch.dtype | None) -> Tensor:
     """A scale as it will be stored, and neither zero nor beyond what its dtype holds."""
-    largest = None if dtype is None else torch.finfo(dtype).max
-    return as_stored(scale.clamp(MIN_SCALE, largest), dtype).clamp_min(MIN_SCALE)
+    scale_max = None if dtype is None else torch.finfo(dtype).max
+    return as_stored(scale.clamp(MIN_SCALE, scale_max), dtype).clamp_min(MIN_SCALE)
 
 
 def quantize(
@@ -158,9 +156,8 @@ def fake_quantize(
     Equal, element by element, to `dequantize(*quantize(...))` cast to x's dtype; but kernels multiply by 1/Δ, so that a
     value halfway between two points of the grid may go to the other one.
     """
-    by_kernel = operators is not None and operators.take(x) and spec.symmetric and scale_dtype is None
+    by_kernel = operators.supports(x) and spec.symmetric and scale_dtype is None
     if by_kernel and clip_G is not None and clip_G.ndim == 1:
-        assert operators is not None
         return operators.round_rows(x, None, clip_G, spec.bits, x.shape[-1] // spec.groups(x.shape[-1]), False)[0]
     x_Gg = wide(to_groups(x, spec))
     scale, offset = scale_and_offset(x_Gg, spec, clip_G, scale_dtype)

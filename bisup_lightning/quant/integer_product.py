@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bisup_lightning.quant.affine import operators
+from bisup_lightning.quant import operators
 from bisup_lightning.quant.spec import QuantSpec, Segment
 
 MAX_BITS = 5  # float8 (e4m3) holds all integers up to 16
@@ -39,14 +39,17 @@ class Coded:
 
 
 def multiplies(inputs: Sequence[Segment], weight: Sequence[Segment], weight_OI: Tensor) -> bool:
-    """Whether the device multiplies the codes of a weight [O, I] and of its inputs, by the way both are quantized."""
+    """Whether the device has an exact product for the codes of a weight [O, I] and of its inputs.
+
+    That depends on how both are quantized, on the weight's shape and dtype, and on the GPU.
+    """
     specs = [segment.spec for segment in (*inputs, *weight)]
-    if operators is None or len(specs) != 2 or not all(_is_float8(spec) for spec in specs):
+    if len(specs) != 2 or not all(_is_float8(spec) for spec in specs):
         return False
     sizes = {None if spec is None else spec.group_size for spec in specs}
     by_rows, by_blocks = sizes <= {None, weight_OI.shape[1]}, sizes == {BLOCK}
     return (
-        operators.take(weight_OI)
+        operators.supports(weight_OI)
         and weight_OI.dtype == torch.bfloat16
         and not any(size % ALIGNED for size in weight_OI.shape)
         and ((by_rows and _capability(weight_OI) >= (8, 9)) or (by_blocks and _capability(weight_OI) == (9, 0)))
@@ -62,11 +65,10 @@ def _capability(x: Tensor) -> tuple[int, int]:
 
 
 def coded_rows(x: Tensor, segment: Segment, clip_G: Tensor, up: Tensor | None = None) -> Coded | Tensor:
-    """`fake_quantize` of an activation [..., I], with its codes if its rows are as many as tensor cores take.
+    """`fake_quantize` of an activation [..., I] or, if `up` is given, of silu(x) · up.
 
-    With `up`, of silu(x) · up.
+    With its codes where tensor cores can multiply them: in bfloat16, the number of rows a multiple of `ALIGNED`.
     """
-    assert operators is not None
     assert segment.spec is not None
     coded = x.dtype == torch.bfloat16 and x.numel() // x.shape[-1] % ALIGNED == 0
     size = segment.columns // segment.spec.groups(segment.columns)
@@ -76,6 +78,5 @@ def coded_rows(x: Tensor, segment: Segment, clip_G: Tensor, up: Tensor | None = 
 
 def linear(x: Coded, weight: Coded, bias_O: Tensor | None) -> Tensor:
     """⟨x⟩ Ŵᵀ + bias [..., O] in x's dtype."""
-    assert operators is not None
     product = operators.multiply_codes(x.values, weight.values, x.codes, weight.codes, x.scale_GN, weight.scale_GN)
     return product if bias_O is None else product + bias_O

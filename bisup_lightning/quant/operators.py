@@ -2,47 +2,55 @@
 
 Autograd's composition moves a weight through memory a dozen times in a step, and compiled code still half as often;
 these kernels read it, and its gradient, once or twice. torch.compile takes each operator as one step whose rounding
-nothing touches. Shape suffixes: O output rows, I input features, G groups of g elements each, R rank, N rows of any
-kind. A segment is a range of columns, passed as a view: rows may be strided.
+nothing touches. The formulas stand in `kernels`.
+
+Shape suffixes: O output rows, I input features, G groups of g elements each, R rank, N rows of any kind, C columns of
+a segment, K candidates of a clip value. A segment is a range of columns, passed as a view: rows may be strided.
 """
 
 import math
 from collections.abc import Callable, Hashable, Sequence
+from importlib.util import find_spec
 from typing import Any, TypeVar
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
-from triton.runtime.errors import OutOfResources
 
-from bisup_lightning.quant import kernels
 from bisup_lightning.quant.spec import MIN_SCALE
+
+HAS_TRITON = find_spec("triton") is not None  # PyTorch for CUDA requires it, PyTorch for CPUs does not
+if HAS_TRITON:
+    import triton
+    import triton.language as tl
+    from triton.runtime.errors import OutOfResources
+
+    from bisup_lightning.quant import kernels
+
+    STORED = {None: None, torch.float32: None, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 R = TypeVar("R")
 
 ROW_TILE = 4096  # elements of an activation that a program holds
 ROW_PARTS = 8  # into which a weight's rows are split, to add up its gradients side by side
 SIZES = ("rows", "columns", "row_stride", "groups", "clip_stride_o", "clip_stride_g")
-STORED = {None: None, torch.float32: None, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-def take(x: Tensor, rank: int = 0) -> bool:
-    """Whether kernels take a tensor: on a GPU, no wider than what they compute in, with A and B not too large."""
-    return x.is_cuda and x.dtype in STORED and rank <= MAX_RANK
+def supports(x: Tensor, rank: int = 0) -> bool:
+    """Whether the operators run on a tensor: on a GPU, no wider than float32, with A and B not too large."""
+    return HAS_TRITON and x.is_cuda and x.dtype in STORED and rank <= MAX_RANK
 
 
-_fitting: dict[Hashable, int] = {}
+_fitting: dict[Hashable, int] = {}  # index of the first variant not known to be too large, by case
 
 
 def _on_what_fits(case: Hashable, variants: Sequence[dict[str, int]], launch: Callable[[dict[str, int]], R]) -> R:
     """Launch the first variant for which the GPU has enough shared memory; for the same case, that one from then on."""
     while True:
-        place = _fitting.setdefault(case, 0)
+        index = _fitting.setdefault(case, 0)
         try:
-            return launch(variants[place])
+            return launch(variants[index])
         except OutOfResources:
-            if place + 1 == len(variants):
+            if index + 1 == len(variants):
                 raise
             _fitting[case] += 1
 
@@ -60,11 +68,11 @@ def _pair_of_rows(x: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor | None]:
 
 
 def _largest_scale(dtype: torch.dtype | None) -> float:
-    return 3.0e38 if dtype is None else torch.finfo(dtype).max
+    return kernels.UNLIMITED.value if dtype is None else torch.finfo(dtype).max
 
 
 def _limits(bits: int) -> dict[str, float]:
-    return {"qmin": -(2 ** (bits - 1)), "qmax": 2 ** (bits - 1) - 1, "smallest": MIN_SCALE}
+    return {"qmin": -(2 ** (bits - 1)), "qmax": 2 ** (bits - 1) - 1, "scale_min": MIN_SCALE}
 
 
 def _room_for_rows(x: Tensor, size: int, coded: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,7 +88,10 @@ def _room_for_row_gradients(x: Tensor, up: Tensor | None) -> tuple[Tensor, Tenso
 def _room_for_codes(
     x: Tensor, shape: Sequence[int], size: int, code_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
-    """Those of a weight or rows [..., I], and scales. Codes in float8 are bytes: autograd would make gradients."""
+    """Room for the codes [..., I] and scales [G, N] of a weight or of rows; empty tensors if there is no code dtype.
+
+    float8 codes are held as bytes, because autograd would make gradients of a floating-point output.
+    """
     coded = code_dtype is not None
     dtype = torch.int8 if code_dtype == torch.int8 else torch.uint8
     codes = torch.empty(shape if coded else 0, dtype=dtype, device=x.device)
@@ -88,7 +99,10 @@ def _room_for_codes(
 
 
 def _as_float8(codes: Tensor) -> Tensor:
-    """Bytes as what they are; none stay bytes: where a GPU lacks float8, kernels may not even name it."""
+    """Bytes viewed as the float8 codes that they are, and int8 codes as they are.
+
+    An empty tensor stays bytes: on a GPU without float8, a kernel may not even have an argument of that dtype.
+    """
     return codes.view(torch.float8_e4m3fn) if codes.numel() and codes.dtype == torch.uint8 else codes
 
 
@@ -137,7 +151,7 @@ def round_rows_gradient(
     """Gradients of x, of up (empty where there is none) and of the clip values."""
     x_NI, up_NI = _pair_of_rows(x, up)
     (rows, columns), blocks = x_NI.shape, _row_blocks(size)
-    if up is not None:  # more to hold for each element
+    if up is not None:  # a program then holds more for each element
         blocks |= {"block_n": max(1, blocks["block_n"] // 2), "num_warps": 2 * blocks["num_warps"]}
     grad_x, grad_up = _room_for_row_gradients(x, up)
     grad_clip_NG = clip_G.new_empty(rows, columns // size)
@@ -192,21 +206,21 @@ def _weight_arguments(
     w: Tensor, a: Tensor | None, b: Tensor | None, s: Tensor | None, clip: Tensor,
     bits: int, size: int, form: str, scale_dtype: torch.dtype | None,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:  # fmt: skip
-    """What the kernels share: the tensors that they read, sizes, and constants."""
+    """Arguments that the kernels of a weight share: the tensors that they read; and sizes and constants, by name."""
     rank, w = 0 if a is None else a.shape[1], _rows_of(w)
     a, b = (None if matrix is None else matrix.contiguous() for matrix in (a, b))
     strides = clip.stride(0) if len(clip) > 1 else 0, int(clip.shape[1] > 1)
     sizes = dict(zip(SIZES, (*w.shape, w.stride(0), w.shape[1] // size, *strides), strict=True))
     return (w, a, b, s, clip), {
         **sizes, **_limits(bits), "rank": rank, "size": size, "form": form, "smoothed": s is not None,
-        "stored": STORED[scale_dtype], "most": _largest_scale(scale_dtype),
+        "stored": STORED[scale_dtype], "scale_max": _largest_scale(scale_dtype),
         "block_i": min(MAX_BLOCK_I, max(16, triton.next_power_of_2(size))),
         "block_r": max(16, triton.next_power_of_2(rank)),
     }  # fmt: skip
 
 
 def _split(w: Tensor, size: int) -> tuple[tuple[int, int], dict[str, int]]:
-    """Programs of a kernel that takes a tile of rows in a group, or in a part of a long group, and its constants."""
+    """The grid of a kernel whose program takes a tile of rows of a group, or of a part of a long one; its constants."""
     span = size if size <= MAX_BLOCK_I else PART
     parts = triton.cdiv(size, span)
     grid = triton.cdiv(w.shape[0], ROUND_BLOCKS["block_o"]), w.shape[1] // size * parts
@@ -219,10 +233,7 @@ def round_weight(
     bits: int, size: int, form: str, scale_dtype: torch.dtype | None,
     dtype: torch.dtype, code_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """⟨(W ⊙ (1 + AB)) · s⟩ [O, C] in a dtype, the largest magnitude of each group [O, G] and where it stands there.
-
-    Place i is given as 2i, or as 2i + 1 where the largest is negative. Behind them, if a `code_dtype` is given, codes
-    [O, C] and scales [G, O]; else two empty tensors.
+    """⟨(W ⊙ (1 + AB)) · s⟩ [O, C], differentiable in A, B, s and the clip values.
 
     Args:
         w: W [O, C].
@@ -236,26 +247,31 @@ def round_weight(
         scale_dtype: Dtype that the scales are stored in.
         dtype: Of the result.
         code_dtype: Of the codes, int8 or float8 (e4m3, given as bytes); None if they are not wanted.
+
+    Returns:
+        The values; the largest magnitude of each group [O, G], float32; its column k within the group [O, G], int32, as
+        2k, or as 2k + 1 where the value is negative; and, if a `code_dtype` is given, codes [O, C] and scales [G, O],
+        else two empty tensors.
     """
     tensors, constants = _weight_arguments(w, a, b, s, clip, bits, size, form, scale_dtype)
     out = torch.empty(w.shape, dtype=dtype, device=w.device)
     absmax = torch.empty(w.shape[0], w.shape[1] // size, dtype=torch.float32, device=w.device)
-    largest = torch.empty_like(absmax, dtype=torch.int32)
+    signed_argmax = torch.empty_like(absmax, dtype=torch.int32)
     codes, scale_GO = _room_for_codes(w, w.shape, size, code_dtype)
     grid, split = _split(w, size)
     part_absmax = absmax.new_empty(grid[1] if size > MAX_BLOCK_I else 0, w.shape[0])
-    part_largest = torch.empty_like(part_absmax, dtype=torch.int32)
+    part_signed_argmax = torch.empty_like(part_absmax, dtype=torch.int32)
     with torch.cuda.device_of(w):
         if size > MAX_BLOCK_I:  # else the next kernel sees whole groups
             shared = ("rows", "columns", "row_stride", "rank", "size", "form", "smoothed", "block_i", "block_r")
-            kernels.largest_of_parts[grid](
-                *tensors[:4], part_absmax, part_largest, **{name: constants[name] for name in shared}, **split
+            kernels.absmax_of_parts[grid](
+                *tensors[:4], part_absmax, part_signed_argmax, **{name: constants[name] for name in shared}, **split
             )
         kernels.round_weight[grid](
-            *tensors, part_absmax, part_largest, out, absmax, largest, _as_float8(codes), scale_GO, **constants,
-            **split, coded=code_dtype is not None, block_p=triton.next_power_of_2(split["parts"]),
+            *tensors, part_absmax, part_signed_argmax, out, absmax, signed_argmax, _as_float8(codes), scale_GO,
+            **constants, **split, coded=code_dtype is not None, block_p=triton.next_power_of_2(split["parts"]),
         )  # fmt: skip
-    return out, absmax, largest, codes, scale_GO
+    return out, absmax, signed_argmax, codes, scale_GO
 
 
 @torch.library.custom_op("bisup::round_weight_gradient", mutates_args=())
@@ -263,32 +279,36 @@ def round_weight_gradient(
     grad: Tensor, absmax: Tensor, largest: Tensor, w: Tensor, a: Tensor | None, b: Tensor | None, s: Tensor | None,
     clip: Tensor, bits: int, size: int, form: str, scale_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of A, B, s and the clip values, float32; empty where there is no such tensor."""
+    """Gradients of A, B, s and the clip values, float32; empty where there is no such tensor.
+
+    `absmax` and `largest` are the second and third result of `round_weight`; the rest is as there.
+    """
     tensors, constants = _weight_arguments(w, a, b, s, clip, bits, size, form, scale_dtype)
     (rows, columns), rank, grad = w.shape, constants["rank"], grad.contiguous()
-    grad_scale = torch.empty_like(absmax)
+    grad_threshold = torch.empty_like(absmax)
     if size > MAX_BLOCK_I:  # else the next kernel sees whole groups
         grid, split = _split(w, size)
-        part_grad = absmax.new_empty(grid[1], rows)
+        part_grad_threshold = absmax.new_empty(grid[1], rows)
         with torch.cuda.device_of(w):
-            kernels.scale_gradient[grid](*tensors, grad, absmax, part_grad, **constants, **split)
-        grad_scale = part_grad.view(-1, split["parts"], rows).sum(1).T.contiguous()
+            kernels.threshold_gradient[grid](*tensors, grad, absmax, part_grad_threshold, **constants, **split)
+        grad_threshold = part_grad_threshold.view(-1, split["parts"], rows).sum(1).T.contiguous()
     tiles = absmax.shape[1] * triton.cdiv(size, constants["block_i"])
 
     def add_up(blocks: dict[str, int]) -> list[Tensor]:
         steps = triton.cdiv(rows, ROW_PARTS * blocks["block_o"])
-        parts = triton.cdiv(rows, steps * blocks["block_o"])
-        grad_a, grad_b = absmax.new_empty(tiles, rows, rank), absmax.new_empty(parts, rank, columns)
-        grad_s = absmax.new_empty(parts, columns if s is not None else 0)
+        row_parts = triton.cdiv(rows, steps * blocks["block_o"])
+        grad_a, grad_b = absmax.new_empty(tiles, rows, rank), absmax.new_empty(row_parts, rank, columns)
+        grad_s = absmax.new_empty(row_parts, columns if s is not None else 0)
         with torch.cuda.device_of(w):
-            kernels.weight_gradient[parts, tiles](
-                *tensors, grad, absmax, largest, grad_scale, grad_a, grad_b, grad_s, **constants, **blocks, steps=steps
-            )
-        return [part_sums.sum(0) for part_sums in (grad_a, grad_b, grad_s)]
+            kernels.weight_gradient[row_parts, tiles](
+                *tensors, grad, absmax, largest, grad_threshold, grad_a, grad_b, grad_s, **constants, **blocks,
+                steps=steps,
+            )  # fmt: skip
+        return [partial_sums.sum(0) for partial_sums in (grad_a, grad_b, grad_s)]
 
-    sums = _on_what_fits((w.device, w.dtype, rank), GRADIENT_BLOCKS, add_up)
-    grad_clip = (grad_scale * absmax).sum_to_size(clip.shape)
-    return sums[0], sums[1], sums[2], grad_clip
+    grad_a, grad_b, grad_s = _on_what_fits((w.device, w.dtype, rank), GRADIENT_BLOCKS, add_up)
+    grad_clip = (grad_threshold * absmax).sum_to_size(clip.shape)
+    return grad_a, grad_b, grad_s, grad_clip
 
 
 @round_weight.register_fake
@@ -310,41 +330,52 @@ def _(grad, absmax, largest, w, a, b, s, clip, bits, size, form, scale_dtype):
 
 
 def _round_weight_backward(ctx, grad, *_others):
-    w, a, b, s, clip, absmax, largest = ctx.saved_tensors
-    *found, grad_clip = round_weight_gradient(grad, absmax, largest, w, a, b, s, clip, *ctx.options[:-2])
-    grads = [None if x is None else grad for x, grad in zip((a, b, s), found, strict=True)]
-    return None, *grads, grad_clip, *(None,) * 6
+    w, a, b, s, clip, absmax, signed_argmax = ctx.saved_tensors
+    bits, size, form, scale_dtype = ctx.options
+    grad_a, grad_b, grad_s, grad_clip = round_weight_gradient(
+        grad, absmax, signed_argmax, w, a, b, s, clip, bits, size, form, scale_dtype
+    )
+    return (
+        None,  # w
+        None if a is None else grad_a,
+        None if b is None else grad_b,
+        None if s is None else grad_s,
+        grad_clip,
+        *(None,) * 6,  # bits, size, form, scale_dtype, dtype, code_dtype
+    )
 
 
 def _keep_weight(ctx, inputs, output):
-    ctx.options = inputs[5:]
-    ctx.save_for_backward(*inputs[:5], *output[1:3])
+    w, a, b, s, clip, bits, size, form, scale_dtype, _dtype, _code_dtype = inputs
+    _out, absmax, signed_argmax, _codes, _scale_GO = output
+    ctx.options = bits, size, form, scale_dtype
+    ctx.save_for_backward(w, a, b, s, clip, absmax, signed_argmax)
 
 
 round_weight.register_autograd(_round_weight_backward, setup_context=_keep_weight)
 
 
-def clip_errors(w: Tensor, clip_C: Tensor, bits: int, size: int, scale_dtype: torch.dtype | None) -> Tensor:
-    """Squared error [C, O, G] of rounding each group of W [O, I] with each of the clip values [C], float32.
+def clip_errors(w: Tensor, clip_K: Tensor, bits: int, size: int, scale_dtype: torch.dtype | None) -> Tensor:
+    """Squared error [K, O, G] of rounding each group of W [O, I] with each of the clip values [K], float32.
 
     Args:
         w: W.
-        clip_C: Clip values, float32.
+        clip_K: Clip values, float32.
         bits: Width of the codes.
         size: Of a group.
         scale_dtype: Dtype that the scales are stored in.
     """
     (rows, columns), w = w.shape, _rows_of(w)
-    error_COG = clip_C.new_empty(len(clip_C), rows, columns // size)
+    error_KOG = clip_K.new_empty(len(clip_K), rows, columns // size)
     block_i = min(MAX_SEARCH_BLOCK_I, triton.next_power_of_2(size))
     block_o = SEARCH_TILE // block_i
     with torch.cuda.device_of(w):
         kernels.clip_errors[triton.cdiv(rows, block_o), columns // size](
-            w, clip_C, error_COG, rows, w.stride(0), columns // size, candidates=len(clip_C), size=size,
-            stored=STORED[scale_dtype], most=_largest_scale(scale_dtype), block_o=block_o, block_i=block_i,
+            w, clip_K, error_KOG, rows, w.stride(0), columns // size, candidates=len(clip_K), size=size,
+            stored=STORED[scale_dtype], scale_max=_largest_scale(scale_dtype), block_o=block_o, block_i=block_i,
             **_limits(bits),
         )  # fmt: skip
-    return error_COG
+    return error_KOG
 
 
 @torch.library.custom_op("bisup::multiply_codes", mutates_args=())

@@ -3,19 +3,17 @@
 Need a GPU; or, in float32, `TRITON_INTERPRET=1` and the package triton.
 """
 
-import importlib.util
 import os
 
 import pytest
 import torch
 
-from bisup_lightning.model import linear as linear_module
 from bisup_lightning.model.linear import InputQuantizer, QuantLinear
-from bisup_lightning.quant import affine, clipping
+from bisup_lightning.quant import affine, clipping, operators
 from bisup_lightning.quant.gated import Gated
 from bisup_lightning.quant.spec import QuantSpec, Segment
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and operators.HAS_TRITON
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32] if INTERPRETED else [torch.float32, torch.bfloat16, torch.float16]
 pytestmark = [
@@ -37,7 +35,7 @@ SHAPES = [
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
     if INTERPRETED:
-        monkeypatch.setattr(affine.operators, "take", lambda x, rank=0: x.dtype in affine.operators.STORED)
+        monkeypatch.setattr(operators, "supports", lambda x, rank=0: x.dtype in operators.STORED)
 
 
 @pytest.fixture
@@ -46,9 +44,7 @@ def without_kernels(monkeypatch):
 
     def call(function):
         with monkeypatch.context() as patched:
-            patched.setattr(affine, "operators", None)
-            patched.setattr(linear_module, "operators", None)
-            patched.setattr(clipping, "operators", None)
+            patched.setattr(operators, "supports", lambda x, rank=0: False)
             return function()
 
     return call
@@ -113,7 +109,7 @@ def test_a_gate_is_rounded_alike_with_the_same_gradients(without_kernels, dtype,
     gate.up.data[0, 0] = 0
     grad = random(3, 16, features, dtype=dtype, seed=1)
     inputs = [gate.gate, gate.up, clip_G]
-    values, *_ = affine.operators.round_rows(*inputs[:2], clip_G, bits, features // len(clip_G), False)
+    values, *_ = operators.round_rows(*inputs[:2], clip_G, bits, features // len(clip_G), False)
     expected = without_kernels(lambda: affine.fake_quantize(gate.product(), segment.spec, clip_G))
     assert_same_values(values, expected)
     gradients, expected_gradients = (torch.autograd.grad(x, inputs, grad) for x in (values, expected))
@@ -177,7 +173,7 @@ def test_a_group_knows_nothing_of_the_next(size):
     b_RI[:, size:] *= 100
     clip_OG = torch.ones(20, 2, device=DEVICE)
     given = w_OI, a_OR, b_RI, None, clip_OG, 4, size, "lrec", None, torch.float32, None
-    absmax_OG = affine.operators.round_weight(*given)[1]
+    absmax_OG = operators.round_weight(*given)[1]
     expected_OG = (a_OR @ b_RI).abs().unflatten(-1, (2, size)).amax(-1)
     torch.testing.assert_close(absmax_OG, expected_OG, rtol=1e-5, atol=1e-5)
 
@@ -215,8 +211,9 @@ def test_what_kernels_do_not_take_is_composed_or_refused(without_kernels):
 
 
 def test_where_shared_memory_is_short_a_smaller_tile_is_taken():
-    kernels, tried = affine.operators, []
     from triton.runtime.errors import OutOfResources
+
+    tried = []
 
     def launch(blocks):
         tried.append(blocks["size"])
@@ -225,10 +222,10 @@ def test_where_shared_memory_is_short_a_smaller_tile_is_taken():
         return "launched"
 
     variants = [{"size": size} for size in (3, 2, 1)]
-    assert [kernels._on_what_fits("a test", variants, launch) for _ in range(2)] == ["launched"] * 2
+    assert [operators._on_what_fits("a test", variants, launch) for _ in range(2)] == ["launched"] * 2
     assert tried == [3, 2, 1, 1]
     with pytest.raises(OutOfResources):
-        kernels._on_what_fits("another", variants[:2], launch)
+        operators._on_what_fits("another", variants[:2], launch)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
