@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from bisup_lightning.quant.gptq import Segment, accumulate_hessian, gptq_quantize
+from bisup_lightning.quant.gptq import ClippedSegment, accumulate_hessian, gptq_quantize
 from bisup_lightning.quant.spec import QuantSpec
 
 
@@ -23,7 +23,7 @@ def main() -> None:
             for _ in range(2):  # the first one warms up
                 torch.cuda.synchronize()
                 started = time.perf_counter()
-                gptq_quantize(weight_OI, hessian_II, [Segment(features, spec)], scale_dtype=torch.bfloat16)
+                gptq_quantize(weight_OI, hessian_II, [ClippedSegment(features, spec)], scale_dtype=torch.bfloat16)
                 torch.cuda.synchronize()
             print(f"{rows} × {features}, group {spec.group_size}: {time.perf_counter() - started:.2f} s")
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from bisup_lightning.data.share import WHOLE, Share
-from bisup_lightning.data.streams import Home, moved
+from bisup_lightning.data.streams import StreamStorage, moved
 from bisup_lightning.errors import UserError
 from bisup_lightning.quant.compiled import compiled_on_gpu
 
-Run = Callable[[Tensor], Tensor]
+Forward = Callable[[Tensor], Tensor]
 log = logging.getLogger(__name__)
 
 
@@ -46,14 +46,14 @@ class LayerInputs:
         x_q: Tensor,
         device: torch.device,
         batch_size: int,
-        home: Home | None = None,
+        home: StreamStorage | None = None,
         share: Share = WHOLE,
         let_go: Callable[[], bool] = lambda: False,
     ) -> None:
         self.fp, self.q = x_fp, x_q
         self.early: Tensor | None = None
         self.device, self.micro_batch = device, batch_size
-        self.home, self.share = home or Home("device", x_fp.device, Path()), share
+        self.home, self.share = home or StreamStorage("device", x_fp.device, Path()), share
         self.let_go = let_go
 
     @property
@@ -99,7 +99,7 @@ class LayerInputs:
                 self.halve(error)
 
     @torch.no_grad()
-    def advance_fp(self, run: Run) -> None:
+    def advance_fp(self, run: Forward) -> None:
         """Replace x_fp by the full-precision block's output."""
 
         def step(batch: slice, x_BTD: Tensor) -> None:
@@ -107,7 +107,7 @@ class LayerInputs:
 
         self._for_each(step, self.fp)
 
-    def loss_q(self, run: Run, sample: int | None = None) -> Tensor:
+    def loss_q(self, run: Forward, sample: int | None = None) -> Tensor:
         """Mean square distance of a quantized block's output on x_q to the target (eq. 8), or on so many sequences."""
         return self._loss(self.q, run, sample)
 
@@ -116,7 +116,7 @@ class LayerInputs:
         return self._loss(outputs_NTD, lambda y_BTD: y_BTD, sample)
 
     @torch.no_grad()
-    def _loss(self, x_NTD: Tensor, run: Run, sample: int | None) -> Tensor:
+    def _loss(self, x_NTD: Tensor, run: Forward, sample: int | None) -> Tensor:
         count = len(x_NTD) if sample is None else min(len(x_NTD), max(1, sample // self.share.members))
         squares = torch.zeros((), dtype=torch.float64, device=self.device)
 
@@ -127,7 +127,7 @@ class LayerInputs:
         return self._mean(squares) * len(x_NTD) / count
 
     @torch.no_grad()
-    def outputs_q(self, run: Run, by_halves: bool = True) -> tuple[Tensor, Tensor]:
+    def outputs_q(self, run: Forward, by_halves: bool = True) -> tuple[Tensor, Tensor]:
         """What a quantized block makes of x_q, [N, T, D], and its mean square distance to the target (eq. 8).
 
         Args:
@@ -149,7 +149,7 @@ class LayerInputs:
         return outputs, self._mean(squares)
 
     @torch.no_grad()
-    def for_each_q(self, run: Run) -> None:
+    def for_each_q(self, run: Forward) -> None:
         """Run a block over x_q for what it does on the way."""
 
         def step(batch: slice, x_BTD: Tensor) -> None:

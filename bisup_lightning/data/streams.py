@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 Streams = Literal["auto", "device", "host", "file"]
-Place = Literal["device", "host", "file"]
+StreamLocation = Literal["device", "host", "file"]
 AHEAD = 2  # batches that the host may send before the device has computed with an earlier one
 MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
-class Home:
+class StreamStorage:
     """Makes the tensors of streams in one place.
 
     Args:
@@ -33,7 +33,7 @@ class Home:
         folder: Where files are made. They have no name, so that even a killed process leaves none.
     """
 
-    place: Place
+    place: StreamLocation
     device: torch.device
     folder: Path
 
@@ -69,7 +69,7 @@ class Home:
         return self.copy(x_NTD)
 
 
-def choose_place(wanted: Streams, size: int, device: torch.device) -> Place:
+def choose_place(wanted: Streams, size: int, device: torch.device) -> StreamLocation:
     """Where streams live: as wanted, or in the fastest memory with room to spare.
 
     Args:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bisup_lightning.errors import UserError
-from bisup_lightning.evaluate.perplexity import Evaluation
+from bisup_lightning.evaluate.settings import Evaluation
 
 TASKS = {  # with the metric that the field reports
     "arc_challenge": "acc_norm",

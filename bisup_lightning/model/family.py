@@ -201,6 +201,11 @@ class Family:
         return type(self._skeleton.model.rotary_emb)(config=self.config)
 
     @property
+    def tied(self) -> bool:
+        """Whether the configuration says that the output projection is the embedding."""
+        return self.config.tie_word_embeddings
+
+    @property
     def quantizer(self) -> str | None:
         """The method by which the configuration says that the weights are quantized, if it does."""
         quantization = getattr(self.config, "quantization_config", None) or {}
