@@ -109,7 +109,7 @@ def attention_maps(
 
 
 def _additive(positions: Positions, length: int, dtype: torch.dtype) -> Positions:
-    """The same, with a mask that is added to attention scores."""
+    """The same positions with an additive mask: 0 where a token may look, −inf elsewhere."""
     device = positions.rotary[0].device
     mask = positions.mask
     if mask is None:

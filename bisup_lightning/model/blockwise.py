@@ -44,9 +44,9 @@ def run_layer(layer: nn.Module, hidden_BTD: Tensor, positions: Positions, kv: Bl
 
 
 def run_layer_in_halves(layer: nn.Module, hidden_BTD: Tensor, positions: Positions, kv: BlockKV) -> Tensor:
-    """As `run_layer`, but for its gradients each half of the layer is computed anew: they hold one half in memory."""
+    """As `run_layer`, but the backward pass recomputes one half of the layer at a time, and holds no more in memory."""
     seen: dict[str, Any] = {"attention_mask": positions.mask, "position_embeddings": positions.rotary, CACHE: kv}
-    again: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # nothing here draws
+    again: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # nothing here draws random numbers
     hidden_BTD = checkpoint(attention_half, layer, hidden_BTD, **seen, **again)
     return checkpoint(mlp_half, layer, hidden_BTD, **again)
 
@@ -179,7 +179,7 @@ class BlockwiseModel:
         return layer.requires_grad_(False)
 
     def layers(self) -> Iterator[tuple[int, nn.Module]]:
-        """All blocks in order, one at a time, for several passes through each."""
+        """All blocks in order, one at a time; packed weights are dequantized once, for several passes through each."""
         for index in range(self.num_layers):
             yield index, hold_dense(self.layer(index), self.dtype)
 

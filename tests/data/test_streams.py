@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from bisup_lightning.data import streams
-from bisup_lightning.data.streams import StreamStorage, choose_place, free_host_bytes, moved
+from bisup_lightning.data.streams import StreamStorage, choose_place, free_host_bytes
+from bisup_lightning.data.transfer import moved
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
