@@ -10,7 +10,7 @@ import time
 import torch
 
 from benchmarks.synthetic import SHAPES
-from bisup_lightning.quant.gptq import Segment, accumulate_hessian, gptq_quantize
+from bisup_lightning.quant.gptq import ClippedSegment, accumulate_hessian, gptq_quantize
 from bisup_lightning.quant.spec import QuantSpec
 
 TOKENS = 32768
@@ -29,7 +29,7 @@ def main() -> None:
             for _ in range(2):
                 torch.cuda.synchronize()
                 started = time.perf_counter()
-                gptq_quantize(weight_OI, hessian_II, [Segment(features, spec)], scale_dtype=torch.bfloat16)
+                gptq_quantize(weight_OI, hessian_II, [ClippedSegment(features, spec)], scale_dtype=torch.bfloat16)
                 torch.cuda.synchronize()
             print(f"{rows} × {features}, group {spec.group_size}: {time.perf_counter() - started:.2f} s")
 

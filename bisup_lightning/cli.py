@@ -29,7 +29,7 @@ from bisup_lightning.configuration import one_line, trust
 from bisup_lightning.data.prompt import Prompt
 from bisup_lightning.data.share import PeerLost
 from bisup_lightning.errors import UserError
-from bisup_lightning.evaluate.perplexity import Evaluation
+from bisup_lightning.evaluate.settings import Evaluation
 from bisup_lightning.files import write_json
 from bisup_lightning.hub.audit import AuditError
 from bisup_lightning.hub.generate import complete

@@ -16,7 +16,7 @@ from bisup_lightning.configuration import TRUST, new_parser
 from bisup_lightning.data.corpus import CalibrationData
 from bisup_lightning.data.prompt import Prompt
 from bisup_lightning.data.streams import Streams
-from bisup_lightning.evaluate.perplexity import Evaluation
+from bisup_lightning.evaluate.settings import Evaluation
 from bisup_lightning.quant.spec import Precision
 from bisup_lightning.transform import reorder, rotate  # noqa: F401  whose classes are then known by their names alone
 from bisup_lightning.transform.transform import NoTransform, Transform

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bisup_lightning.calibrate.block_calibration import BlockCalibration
 from bisup_lightning.calibrate.block_result import BlockResult
+from bisup_lightning.calibrate.budget import GIB
 from bisup_lightning.calibrate.driver import BlockWalk
 from bisup_lightning.calibrate.events import WalkCallback
 
@@ -89,7 +90,7 @@ class WalkProgress(WalkCallback):
     def _memory(self) -> str:
         if self.device.type != "cuda":
             return ""
-        return f" · {torch.cuda.max_memory_allocated(self.device) / 2**30:.1f} GiB"
+        return f" · {torch.cuda.max_memory_allocated(self.device) / GIB:.1f} GiB"
 
 
 def _clock(seconds: float) -> str:

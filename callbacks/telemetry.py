@@ -4,6 +4,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from bisup_lightning.calibrate.block_calibration import BlockCalibration
+from bisup_lightning.calibrate.budget import GIB
 from bisup_lightning.calibrate.driver import BlockWalk
 from bisup_lightning.calibrate.events import WalkCallback
 from bisup_lightning.calibrate.stopwatch import Stopwatch
@@ -42,4 +43,4 @@ class Telemetry(WalkCallback):
         pl_module.epoch_log.add({f"learning_rate/{kind}": float(rate) for kind, rate in self.rates.items()})
         pl_module.epoch_log.add({"tokens_per_second": lambda: tokens / clock.laps["epoch"]})
         if self.device.type == "cuda":
-            pl_module.epoch_log.add({"device_memory_gib": torch.cuda.max_memory_allocated(self.device) / 2**30})
+            pl_module.epoch_log.add({"device_memory_gib": torch.cuda.max_memory_allocated(self.device) / GIB})

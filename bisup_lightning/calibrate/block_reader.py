@@ -7,7 +7,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor, nn
 
-from bisup_lightning.data.streams import side_stream
+from bisup_lightning.data.transfer import side_stream
 from bisup_lightning.errors import UserError
 from bisup_lightning.model.blockwise import BlockwiseModel
 

@@ -10,7 +10,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from typing_extensions import override
 
-from bisup_lightning.data.streams import side_stream
+from bisup_lightning.data.transfer import side_stream
 
 
 class BlockTrainer(Trainer):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bisup_lightning.calibrate.run_store import RunStore
-from bisup_lightning.data.streams import side_stream
+from bisup_lightning.data.transfer import side_stream
 
 
 class BlockWriter:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bisup_lightning.calibrate.events import WalkCallback
 from bisup_lightning.calibrate.job import Job
-from bisup_lightning.data.streams import Place, choose_place, free_host_bytes
+from bisup_lightning.data.streams import StreamLocation, choose_place, free_host_bytes
 from bisup_lightning.errors import UserError
 from bisup_lightning.model.block import pack_layer
 from bisup_lightning.model.blockwise import BlockwiseModel
@@ -39,7 +39,7 @@ class Budget:
         processes: How many of them share this host.
     """
 
-    place: Place
+    place: StreamLocation
     stream: int
     block: int
     sequence: int
@@ -65,7 +65,7 @@ class Budget:
         stream = data.num_samples * data.seq_len * family.hidden_size * item // job.arrangement()[1]
         wanted = "host" if job.streams == "auto" and job.memory == "low" else job.streams
         widest = max(shapes[f"{entry.linears[0]}.weight"][1] for entry in LINEAR_INPUTS)
-        tables = 1 + (model.checkpoint.head_name(family.config.tie_word_embeddings) != EMBEDDING)
+        tables = 1 + (model.head_name != EMBEDDING)
         packed = pack_layer(family.empty_layer(0), scheme, family.config).state_dict()
         return cls(
             place=choose_place(wanted, stream, job.device),

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bisup_lightning.data.streams import side_stream
+from bisup_lightning.data.transfer import side_stream
 from bisup_lightning.model.blockwise import Positions
 from bisup_lightning.model.kv import BlockKV
 from bisup_lightning.model.theta import theta_parameters

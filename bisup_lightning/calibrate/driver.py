@@ -24,9 +24,9 @@ from bisup_lightning.calibrate.signals import Signals
 from bisup_lightning.calibrate.solvers import Block, Solution, Solver
 from bisup_lightning.calibrate.stopwatch import Stopwatch
 from bisup_lightning.calibrate.wavefront import Relay
-from bisup_lightning.data.layer_inputs import LayerInputs, Run
+from bisup_lightning.data.layer_inputs import Forward, LayerInputs
 from bisup_lightning.data.share import WHOLE, Share
-from bisup_lightning.data.streams import Home, Streams, choose_place
+from bisup_lightning.data.streams import Streams, StreamStorage, choose_place
 from bisup_lightning.errors import UserError
 from bisup_lightning.model.block import hold_dense, stored_tensors
 from bisup_lightning.model.blockwise import PROMPT, BlockwiseModel, Positions, run_layer_fast
@@ -169,15 +169,17 @@ class BlockWalk:
                 self._replay(index)
                 self.next_block += 1
 
-    def home(self, shape: torch.Size, dtype: torch.dtype) -> Home:
+    def home(self, shape: torch.Size, dtype: torch.dtype) -> StreamStorage:
         """Where streams of that shape [N, T, D] live."""
         wanted = self.streams
         if wanted == "auto" and self.memory == "low":
             wanted = "host"
         place = choose_place(wanted, shape.numel() * dtype.itemsize, self.model.device)
-        return Home(place, self.model.device, self.store.run_dir)
+        return StreamStorage(place, self.model.device, self.store.run_dir)
 
-    def _begin_before(self, next_block: int, x_fp: Tensor, x_q: Tensor, prompt_1PD: Tensor, home: Home) -> None:
+    def _begin_before(
+        self, next_block: int, x_fp: Tensor, x_q: Tensor, prompt_1PD: Tensor, home: StreamStorage
+    ) -> None:
         """Begin before a block, with the streams [N, T, D] and the prompt's hidden states [1, P, D] there."""
         micro_batch = 1 if self.memory == "low" else self.batch_size
         self.inputs = LayerInputs(x_fp, x_q, self.model.device, micro_batch, home, self.share, self.solver.let_go)
@@ -386,7 +388,7 @@ class BlockWalk:
         for sample in (few, self._sample):  # which may be fewer than a batch
             self.inputs.loss_q(start, sample)
 
-    def _clearly_better(self, candidate: Candidate, run_start: Run) -> bool:
+    def _clearly_better(self, candidate: Candidate, run_start: Forward) -> bool:
         """Whether a few sequences leave no doubt, so that the successor need not wait for the start's loss on all.
 
         They do not speak for the others where the candidate's own loss is another there: a few tokens of the text may

@@ -20,7 +20,7 @@ from bisup_lightning.data.corpus import CalibrationData
 from bisup_lightning.data.prompt import Prompt
 from bisup_lightning.data.streams import Streams
 from bisup_lightning.errors import UserError
-from bisup_lightning.evaluate.perplexity import Evaluation
+from bisup_lightning.evaluate.settings import Evaluation
 from bisup_lightning.evaluate.zero_shot import check_zero_shot
 from bisup_lightning.files import sha256
 from bisup_lightning.model.block import check_scheme

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bisup_lightning.data.share import PeerLost, waiting_for_peers
-from bisup_lightning.data.streams import side_stream
+from bisup_lightning.data.transfer import side_stream
 
 MESSAGE = 256 * 2**20  # bytes of a part; each waits for a long product of the sender's to end
 POLL_SECONDS = 5e-3

@@ -13,7 +13,8 @@ from bisup_lightning.calibrate.run_store import RunStore
 from bisup_lightning.data import corpus
 from bisup_lightning.data.prompt import Prompt
 from bisup_lightning.errors import UserError
-from bisup_lightning.evaluate.perplexity import Evaluation, evaluate
+from bisup_lightning.evaluate.perplexity import evaluate
+from bisup_lightning.evaluate.settings import Evaluation
 from bisup_lightning.evaluate.zero_shot import check_zero_shot, devices_for, fetch_tasks, zero_shot
 from bisup_lightning.hub.load import load_behind_prompt, load_quantized, open_quantized
 from bisup_lightning.model.blockwise import BlockwiseModel

@@ -16,7 +16,7 @@ from bisup_lightning.calibrate.captured_step import CapturedStep
 from bisup_lightning.calibrate.run_reader import Partial, RunReader
 from bisup_lightning.calibrate.wavefront import Relay
 from bisup_lightning.data.datamodule import BlockBatches, BlockDataModule
-from bisup_lightning.data.layer_inputs import LayerInputs, Run
+from bisup_lightning.data.layer_inputs import Forward, LayerInputs
 from bisup_lightning.errors import UserError
 from bisup_lightning.model.block import fuse_layer, is_fused, quantize_layer
 from bisup_lightning.model.blockwise import BlockwiseModel, Positions, run_layer, run_layer_fast
@@ -84,7 +84,7 @@ class Block:
         shared = {id(buffer): buffer for buffer in self.quantized.buffers()}
         return copy.deepcopy(self.quantized, shared)
 
-    def run(self, layer: nn.Module) -> Run:
+    def run(self, layer: nn.Module) -> Forward:
         """The block's forward pass on a batch of hidden states."""
         return lambda hidden_BTD: run_layer_fast(layer, hidden_BTD, self.positions, self.kv)
 
@@ -343,7 +343,7 @@ class GPTQ(Solver):
 
     def _solve_linear(self, linear: QuantLinear, hessian_II: Tensor) -> PackedLinear:
         segments = [
-            gptq.Segment(segment.columns, segment.spec, None if segment.spec is None else clip)
+            gptq.ClippedSegment(segment.columns, segment.spec, None if segment.spec is None else clip)
             for segment, clip in zip(linear.segments, linear.clips, strict=True)
         ]
         solved = gptq.gptq_quantize(

@@ -8,12 +8,14 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from bisup_lightning.errors import UserError, first_line
+from bisup_lightning.model.whole import load_whole_model
 
 NAMED = ("wikitext2", "c4", "c4_new", "self")
 SUFFIXES = (".txt", ".raw", ".jsonl", ".parquet")
@@ -199,8 +201,7 @@ def self_generated(
     Raises:
         UserError: If the model has no token to begin a text with.
     """
-    model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, trust_remote_code=False)
-    model = model.to(device).eval()  # type: ignore[arg-type]  # a wrong stub
+    model: Any = load_whole_model(folder, device)
     bos, known = model.config.bos_token_id, model.config.vocab_size
     if bos is None or not 0 <= bos < known:
         raise UserError(

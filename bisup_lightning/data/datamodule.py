@@ -7,7 +7,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from bisup_lightning.data.layer_inputs import LayerInputs
-from bisup_lightning.data.streams import moved, pick
+from bisup_lightning.data.transfer import moved, pick
 
 
 class BlockBatches:
@@ -81,10 +81,10 @@ class BlockBatches:
 
 
 class BlockDataModule(LightningDataModule):
-    """Streams the cached inputs of one block.
+    """Gives the Trainer the cached inputs of one block.
 
     Args:
-        batches: What it gives to the Trainer.
+        batches: The loader of its training batches.
     """
 
     def __init__(self, batches: BlockBatches) -> None:

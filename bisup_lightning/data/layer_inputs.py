@@ -11,33 +11,36 @@ import torch
 from torch import Tensor
 
 from bisup_lightning.data.share import WHOLE, Share
-from bisup_lightning.data.streams import Home, moved
+from bisup_lightning.data.streams import StreamStorage
+from bisup_lightning.data.transfer import moved
 from bisup_lightning.errors import UserError
 from bisup_lightning.quant.compiled import compiled_on_gpu
 
-Run = Callable[[Tensor], Tensor]
+Forward = Callable[[Tensor], Tensor]
 log = logging.getLogger(__name__)
 
 
 class LayerInputs:
-    """Inputs x_fp and x_q of the next block, [N, T, D] each, wherever they live.
+    """Inputs x_fp and x_q of the next block, [N, T, D] each, on the device, on the host or in a file.
 
     `advance_fp` turns x_fp into the block's full-precision output, which is then both the target of its calibration
-    and the next block's x_fp. Figures are tensors on the device: whoever reads one waits for it.
+    and the next block's x_fp. Losses and mean squares are tensors on the device: only reading one waits
+    for it.
 
     Args:
         x_fp: Full-precision inputs.
         x_q: Inputs that the quantized predecessors gave.
         device: Where blocks compute.
         batch_size: Sequences to compute at a time.
-        home: Where the streams live.
-        share: Which part of the text these N sequences are; figures are those of the whole text all the same.
-        let_go: Frees memory that is kept for speed alone; whether there was any.
+        home: Where the streams live; None for where x_fp lies.
+        share: Which part of the text these N sequences are, where several processes hold parts; losses and mean
+            squares are those of the whole text.
+        let_go: Called where the device runs out of memory, before fewer sequences are computed at a time: frees what is
+            kept for speed alone, and returns whether there was any.
 
     Attributes:
         early: The block's full-precision inputs, where it learns on them first.
-        micro_batch: Sequences that are really computed at a time: `batch_size`, or what is left of it after the device
-            ran out of memory.
+        micro_batch: Sequences that are computed at a time: `batch_size`, halved whenever the device ran out of memory.
     """
 
     def __init__(
@@ -46,14 +49,14 @@ class LayerInputs:
         x_q: Tensor,
         device: torch.device,
         batch_size: int,
-        home: Home | None = None,
+        home: StreamStorage | None = None,
         share: Share = WHOLE,
         let_go: Callable[[], bool] = lambda: False,
     ) -> None:
         self.fp, self.q = x_fp, x_q
         self.early: Tensor | None = None
         self.device, self.micro_batch = device, batch_size
-        self.home, self.share = home or Home("device", x_fp.device, Path()), share
+        self.home, self.share = home or StreamStorage("device", x_fp.device, Path()), share
         self.let_go = let_go
 
     @property
@@ -76,12 +79,14 @@ class LayerInputs:
         torch.cuda.empty_cache()
 
     def _for_each(self, step: Callable[..., None], *streams: Tensor, by_halves: bool = True) -> None:
-        """Take a step for every micro-batch, given its place and its part of each stream on the device.
+        """Call `step` on every micro-batch: its slice of the N sequences, and its part of each stream on the device.
 
-        One that does not fit is taken again, in halves if nothing else helps.
+        Where the device runs out of memory, the step is taken again: with the memory that `let_go` frees, or else with
+        half as many sequences.
 
         Raises:
-            OutOfMemoryError: Where halves are not wanted.
+            OutOfMemoryError: If `let_go` frees nothing and `by_halves` is false.
+            UserError: If not even one sequence fits.
         """
         start, end = 0, len(streams[0])
         while start < end:
@@ -99,7 +104,7 @@ class LayerInputs:
                 self.halve(error)
 
     @torch.no_grad()
-    def advance_fp(self, run: Run) -> None:
+    def advance_fp(self, run: Forward) -> None:
         """Replace x_fp by the full-precision block's output."""
 
         def step(batch: slice, x_BTD: Tensor) -> None:
@@ -107,16 +112,21 @@ class LayerInputs:
 
         self._for_each(step, self.fp)
 
-    def loss_q(self, run: Run, sample: int | None = None) -> Tensor:
-        """Mean square distance of a quantized block's output on x_q to the target (eq. 8), or on so many sequences."""
+    def loss_q(self, run: Forward, sample: int | None = None) -> Tensor:
+        """Mean square error of a quantized block's output on x_q against the target (eq. 8).
+
+        Args:
+            run: The block.
+            sample: How many sequences of the text to compute, from the first on; None for all.
+        """
         return self._loss(self.q, run, sample)
 
     def loss_of(self, outputs_NTD: Tensor, sample: int | None = None) -> Tensor:
-        """The same of outputs that are known."""
+        """As `loss_q`, of outputs [N, T, D] that the block has given already."""
         return self._loss(outputs_NTD, lambda y_BTD: y_BTD, sample)
 
     @torch.no_grad()
-    def _loss(self, x_NTD: Tensor, run: Run, sample: int | None) -> Tensor:
+    def _loss(self, x_NTD: Tensor, run: Forward, sample: int | None) -> Tensor:
         count = len(x_NTD) if sample is None else min(len(x_NTD), max(1, sample // self.share.members))
         squares = torch.zeros((), dtype=torch.float64, device=self.device)
 
@@ -127,15 +137,15 @@ class LayerInputs:
         return self._mean(squares) * len(x_NTD) / count
 
     @torch.no_grad()
-    def outputs_q(self, run: Run, by_halves: bool = True) -> tuple[Tensor, Tensor]:
-        """What a quantized block makes of x_q, [N, T, D], and its mean square distance to the target (eq. 8).
+    def outputs_q(self, run: Forward, by_halves: bool = True) -> tuple[Tensor, Tensor]:
+        """A quantized block's output on x_q, [N, T, D], and its mean square error against the target (eq. 8).
 
         Args:
             run: The block.
-            by_halves: Whether to go on with fewer sequences at a time where the device is too small.
+            by_halves: Whether to go on with half as many sequences at a time where the device runs out of memory.
 
         Raises:
-            OutOfMemoryError: If it is, and not.
+            OutOfMemoryError: If the device runs out of memory and `by_halves` is false.
         """
         outputs = self.home.empty_like(self.q)
         squares = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -149,8 +159,8 @@ class LayerInputs:
         return outputs, self._mean(squares)
 
     @torch.no_grad()
-    def for_each_q(self, run: Run) -> None:
-        """Run a block over x_q for what it does on the way."""
+    def for_each_q(self, run: Forward) -> None:
+        """Run a block over x_q for its side effects, such as recorded statistics; its outputs are dropped."""
 
         def step(batch: slice, x_BTD: Tensor) -> None:
             run(x_BTD)

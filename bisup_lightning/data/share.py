@@ -63,7 +63,7 @@ class Share:
         return whole_NT
 
     def agree(self, opinion: bool, device: torch.device) -> bool:
-        """What the first member thinks."""
+        """The first member's opinion, which all members get."""
         if self.members == 1:
             return opinion
         vote = torch.tensor(float(opinion and self.member == 0), device=device)
@@ -79,7 +79,7 @@ class Share:
             self._reduce(list(tensors), dist.ReduceOp.SUM)
 
     def max_(self, tensors: Iterable[Tensor]) -> None:
-        """Likewise for the largest values."""
+        """Replace tensors of one dtype by their elementwise maxima over the members, in a single message."""
         if self.members > 1:
             self._reduce(list(tensors), dist.ReduceOp.MAX)
 

@@ -7,10 +7,7 @@ import mmap
 import os
 import re
 import tempfile
-from collections import deque
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -18,14 +15,13 @@ import torch
 from torch import Tensor
 
 Streams = Literal["auto", "device", "host", "file"]
-Place = Literal["device", "host", "file"]
-AHEAD = 2  # batches that the host may send before the device has computed with an earlier one
+StreamLocation = Literal["device", "host", "file"]
 MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
-class Home:
-    """Makes the tensors of streams in one place.
+class StreamStorage:
+    """Allocates the tensors that hold streams, all of them in one kind of memory.
 
     Args:
         place: `device`; `host`, pinned where the device is a GPU; or `file`.
@@ -33,12 +29,12 @@ class Home:
         folder: Where files are made. They have no name, so that even a killed process leaves none.
     """
 
-    place: Place
+    place: StreamLocation
     device: torch.device
     folder: Path
 
     def empty(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """A tensor with no particular values.
+        """An uninitialized tensor.
 
         Raises:
             OSError: If the disk has no room for a file.
@@ -53,15 +49,15 @@ class Home:
             return torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=dtype).view(shape)
 
     def empty_like(self, x: Tensor) -> Tensor:
-        """See `empty`."""
+        """An uninitialized tensor of the shape and dtype of another; see `empty`."""
         return self.empty(x.shape, x.dtype)
 
     def copy(self, x_NTD: Tensor) -> Tensor:
-        """Another tensor of the same values here."""
+        """A copy [N, T, D] in this storage."""
         return self.empty_like(x_NTD).copy_(x_NTD)
 
     def hold(self, x_NTD: Tensor) -> Tensor:
-        """The same values here: a copy, unless they are here already."""
+        """A tensor of the same values in this storage: the given one if it lies here already, else a copy."""
         if self.place == "device":
             return x_NTD.to(self.device)
         if self.place == "host" and (self.device.type == "cpu" or x_NTD.is_pinned()):
@@ -69,13 +65,13 @@ class Home:
         return self.copy(x_NTD)
 
 
-def choose_place(wanted: Streams, size: int, device: torch.device) -> Place:
+def choose_place(wanted: Streams, size: int, device: torch.device) -> StreamLocation:
     """Where streams live: as wanted, or in the fastest memory with room to spare.
 
     Args:
         wanted: The setting.
-        size: Bytes of one stream; a step has three: x_fp, x_q and what becomes of x_q; and one more where blocks begin
-            on x_fp.
+        size: Bytes of one stream. A block's calibration holds three of them (x_fp, x_q, and the block's output on x_q),
+            and a fourth where the block learns on full-precision inputs first.
         device: Where blocks compute.
     """
     if wanted == "device" and device.type == "cpu":
@@ -106,52 +102,3 @@ def _figure(path: Path, pattern: str) -> int:
     if found is None:
         raise ValueError(f"{path} has no {pattern}")
     return int(found[1])
-
-
-def pick(stream_NTD: Tensor, indices_B: Tensor, device: torch.device) -> Tensor:
-    """Some sequences [B, T, D] of a stream; on the host in pinned memory, if they are to go to a GPU."""
-    if stream_NTD.is_cuda or device.type == "cpu":
-        return stream_NTD[indices_B]
-    picked = torch.empty(len(indices_B), *stream_NTD.shape[1:], dtype=stream_NTD.dtype, pin_memory=True)
-    return torch.index_select(stream_NTD, 0, indices_B, out=picked)
-
-
-@cache
-def side_stream(purpose: str, device: torch.device) -> torch.cuda.Stream:
-    """One CUDA stream for each purpose: PyTorch has 32 and gives them out in turn, so that two of many may be one."""
-    return torch.cuda.Stream(device)
-
-
-def moved(batches: Iterable[tuple[Tensor, ...]], device: torch.device) -> Iterator[tuple[Tensor, ...]]:
-    """Batches on the device; each is copied to a GPU while it computes on the one before.
-
-    Args:
-        batches: Tensors of each batch, all on the device or all on the host, where pinned ones are copied faster.
-        device: Where they shall be.
-    """
-    side = side_stream("copies", device) if device.type == "cuda" else None
-    ahead: tuple[tuple[Tensor, ...], torch.cuda.Event] | None = None
-    used: deque[torch.cuda.Event] = deque()
-    for batch in batches:
-        if side is None or batch[0].is_cuda:
-            yield tuple(x.to(device) for x in batch)
-            continue
-        with torch.cuda.stream(side):
-            sent = tuple(x.to(device, non_blocking=True) for x in batch)
-        following = sent, side.record_event()
-        if ahead is not None:
-            yield _received(*ahead)
-            used.append(torch.cuda.current_stream(device).record_event())
-            if len(used) > AHEAD:  # each holds pinned memory and the device's
-                used.popleft().synchronize()
-        ahead = following
-    if ahead is not None:
-        yield _received(*ahead)
-
-
-def _received(batch: tuple[Tensor, ...], copied: torch.cuda.Event) -> tuple[Tensor, ...]:
-    current = torch.cuda.current_stream(batch[0].device)
-    current.wait_event(copied)
-    for x in batch:  # whose memory must not go to another copy while this stream still reads it
-        x.record_stream(current)
-    return batch

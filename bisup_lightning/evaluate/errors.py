@@ -11,7 +11,6 @@ from torch import Tensor
 
 from bisup_lightning.model.blockwise import BlockwiseModel, ExactPrompt, Positions, run_layer
 from bisup_lightning.model.family import watch_attention
-from bisup_lightning.model.kv import BlockKV, KVQuantizer
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ def hidden_errors(
     fp: BlockwiseModel,
     quantized: BlockwiseModel,
     ids_NT: Tensor,
-    prompt: Sequence[int],
+    prompt_ids: Sequence[int],
     batch_size: int,
     prompt_exact: bool = True,
 ) -> HiddenErrors:
@@ -54,25 +53,23 @@ def hidden_errors(
         fp: The full-precision model after its transform: both must share a basis.
         quantized: The quantized model.
         ids_NT: Token ids.
-        prompt: Token ids of the prompt before each sequence; its own tokens are not compared.
+        prompt_ids: Token ids of the prompt before each sequence; its own tokens are not compared.
         batch_size: Sequences in a forward pass.
         prompt_exact: Whether the quantized model has the prompt's keys and values at high precision (§4.5), or
             quantizes the prompt like any text.
     """
     skipped = 0
     if not prompt_exact:
-        ids_NT = torch.cat([torch.tensor([list(prompt)]).long().expand(len(ids_NT), -1), ids_NT], 1)
-        skipped, prompt = len(prompt), ()
+        ids_NT = torch.cat([torch.tensor([list(prompt_ids)]).long().expand(len(ids_NT), -1), ids_NT], 1)
+        skipped, prompt_ids = len(prompt_ids), ()
     x_NTD, y_NTD = fp.embed(ids_NT), quantized.embed(ids_NT)
-    fp_prompt, own_prompt = ExactPrompt(fp, prompt), ExactPrompt(quantized, prompt)
-    quantizer = None if quantized.scheme is None else KVQuantizer.of(quantized.scheme)
+    fp_prompt, own_prompt = ExactPrompt(fp, prompt_ids), ExactPrompt(quantized, prompt_ids)
     error_LT = torch.zeros(fp.num_layers, ids_NT.shape[1], dtype=torch.float64, device=fp.device)
     scale_LT = torch.zeros_like(error_LT)
     for (index, fp_layer), (_, layer) in zip(fp.layers(), quantized.layers(), strict=True):
-        fp_kv = BlockKV(None, fp_prompt.of_layer(index, fp_layer))
-        kv = BlockKV(quantizer, own_prompt.of_layer(index, layer))
-        positions = fp.positions(index, ids_NT.shape[1], len(prompt))
-        own_positions = quantized.positions(index, ids_NT.shape[1], len(prompt))
+        fp_kv, kv = fp_prompt.block_kv(index, fp_layer), own_prompt.block_kv(index, layer)
+        positions = fp.positions(index, ids_NT.shape[1], len(prompt_ids))
+        own_positions = quantized.positions(index, ids_NT.shape[1], len(prompt_ids))
         for start in range(0, len(ids_NT), batch_size):
             batch = slice(start, start + batch_size)
             x_BTD = run_layer(fp_layer, x_NTD[batch].to(fp.device), positions, fp_kv)
@@ -85,23 +82,24 @@ def hidden_errors(
 
 
 @torch.no_grad()
-def attention_maps(model: BlockwiseModel, ids_NT: Tensor, prompt: Sequence[int], blocks: Sequence[int]) -> list[Tensor]:
+def attention_maps(
+    model: BlockwiseModel, ids_NT: Tensor, prompt_ids: Sequence[int], blocks: Sequence[int]
+) -> list[Tensor]:
     """Attention weights [T, P + T] of some blocks, mean over heads and sequences, float32 (Figure 2).
 
     Args:
         model: Full-precision, or quantized behind its stored prompt.
         ids_NT: Token ids; a few short sequences.
-        prompt: Token ids of the prompt in front, the first P keys.
+        prompt_ids: Token ids of the prompt in front, the first P keys.
         blocks: Which blocks, in rising order.
     """
     maps: list[Tensor] = []
-    exact = ExactPrompt(model, prompt)
-    quantizer = None if model.scheme is None else KVQuantizer.of(model.scheme)
+    exact = ExactPrompt(model, prompt_ids)
     hidden_NTD = model.embed(ids_NT).to(model.device)
     for index, layer in model.layers():
         if index > blocks[-1]:
             break
-        kv = BlockKV(quantizer, exact.of_layer(index, layer))
+        kv = exact.block_kv(index, layer)
         positions = model.positions(index, ids_NT.shape[1], exact.length)
         if index in blocks:
             watch_attention(layer, lambda weights_NHTK: maps.append(weights_NHTK.float().mean((0, 1)).cpu()))
@@ -111,7 +109,7 @@ def attention_maps(model: BlockwiseModel, ids_NT: Tensor, prompt: Sequence[int],
 
 
 def _additive(positions: Positions, length: int, dtype: torch.dtype) -> Positions:
-    """The same, with a mask that is added to attention scores."""
+    """The same positions with an additive mask: 0 where a token may look, −inf elsewhere."""
     device = positions.rotary[0].device
     mask = positions.mask
     if mask is None:

@@ -4,7 +4,6 @@ Shape suffixes: N sequences, T tokens, D hidden size, P prompt tokens, V vocabul
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,57 +12,25 @@ from transformers import PreTrainedTokenizerBase
 
 from bisup_lightning.evaluate.metrics import LanguageModelMetrics
 from bisup_lightning.model.blockwise import BlockwiseModel, ExactPrompt, run_layer
-from bisup_lightning.model.kv import BlockKV, KVQuantizer
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What is measured when the walk is done.
-
-    Args:
-        perplexity: Sets of text: wikitext2, c4, c4_new, self (held-out samples of the model itself), or files.
-        seq_len: Tokens in a chunk; null for the calibration's.
-        max_chunks: Most chunks of each set; null for all.
-        batch_size: Chunks in a batch.
-        zero_shot: Tasks for lm-eval: arc_challenge, arc_easy, boolq, hellaswag, piqa, winogrande, lambada_openai, or
-            .jsonl files of rows such as {"query": …, "choices": […], "gold": 0}. The whole model must fit into memory.
-        zero_shot_limit: Most documents of each task; null for all.
-        devices: That share the documents of zero-shot tasks; each holds the whole model.
-    """
-
-    perplexity: Sequence[str] = ()
-    seq_len: int | None = None
-    max_chunks: int | None = None
-    batch_size: int = 8
-    zero_shot: Sequence[str] = ()
-    zero_shot_limit: int | None = None
-    devices: int = 1
-
-    def __post_init__(self) -> None:
-        for name, least in {"seq_len": 2, "max_chunks": 1, "batch_size": 1, "zero_shot_limit": 2, "devices": 1}.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"evaluation.{name} must be at least {least}, not {value}")
 
 
 @torch.no_grad()
 def final_hidden(
-    model: BlockwiseModel, sets: Mapping[str, Tensor], prompts: Sequence[Sequence[int]], batch_size: int
+    model: BlockwiseModel, sets: Mapping[str, Tensor], prompts_ids: Sequence[Sequence[int]], batch_size: int
 ) -> list[dict[str, Tensor]]:
     """Hidden states [N, T, D] behind the last block, of every set behind every prompt, reading each block once.
 
     Args:
         model: Full-precision, or quantized (then its stored prompt replaces the one that is named).
         sets: Token ids [N, T] by name.
-        prompts: Token ids of the prompts; an empty one for none.
+        prompts_ids: Token ids of each prompt; an empty one for none.
         batch_size: Sequences in a forward pass.
     """
-    hidden = [{name: model.embed(ids_NT) for name, ids_NT in sets.items()} for _ in prompts]
-    exact = [ExactPrompt(model, prompt) for prompt in prompts]
-    quantizer = None if model.scheme is None else KVQuantizer.of(model.scheme)
+    hidden = [{name: model.embed(ids_NT) for name, ids_NT in sets.items()} for _ in prompts_ids]
+    prompts = [ExactPrompt(model, prompt_ids) for prompt_ids in prompts_ids]
     for index, layer in model.layers():
-        for prompt, states in zip(exact, hidden, strict=True):
-            kv = BlockKV(quantizer, prompt.of_layer(index, layer))
+        for prompt, states in zip(prompts, hidden, strict=True):
+            kv = prompt.block_kv(index, layer)
             for states_NTD in states.values():
                 positions = model.positions(index, states_NTD.shape[1], prompt.length)
                 for start in range(0, len(states_NTD), batch_size):
@@ -96,7 +63,7 @@ def evaluate(
     fp: BlockwiseModel,
     quantized: BlockwiseModel | None,
     sets: Mapping[str, Tensor],
-    prompt: Sequence[int],
+    prompt_ids: Sequence[int],
     batch_size: int,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> dict[str, dict[str, Any]]:
@@ -108,9 +75,9 @@ def evaluate(
         With a tokenizer also `word` and `byte`: the perplexities by whitespace-separated word and by UTF-8 byte of the
         text, which models of different vocabularies share.
     """
-    hidden = final_hidden(fp, sets, [(), prompt] if prompt else [()], batch_size)
+    hidden = final_hidden(fp, sets, [(), prompt_ids] if prompt_ids else [()], batch_size)
     plain, prompted = hidden[0], hidden[-1]
-    ours = None if quantized is None else final_hidden(quantized, sets, [prompt], batch_size)[0]
+    ours = None if quantized is None else final_hidden(quantized, sets, [prompt_ids], batch_size)[0]
     results: dict[str, dict[str, Any]] = {}
     for name, ids_NT in sets.items():
         results[name] = {

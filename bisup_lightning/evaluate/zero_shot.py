@@ -15,7 +15,7 @@ import torch.distributed as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bisup_lightning.errors import UserError
-from bisup_lightning.evaluate.perplexity import Evaluation
+from bisup_lightning.evaluate.settings import Evaluation
 
 TASKS = {  # with the metric that the field reports
     "arc_challenge": "acc_norm",
@@ -73,10 +73,10 @@ def check_zero_shot(evaluation: Evaluation, device: torch.device) -> None:
 
 
 def devices_for(count: int, device: torch.device) -> list[torch.device]:
-    """Where so many processes score, on devices of one kind.
+    """The device of each of `count` processes that score: as many GPUs of this host, or the CPU for all.
 
     Raises:
-        UserError: If there are not so many.
+        UserError: If this host has fewer GPUs.
     """
     if count == 1 or device.type == "cpu":
         return [device] * count
@@ -148,7 +148,7 @@ class _Work:
     devices: tuple[torch.device, ...]
 
     def score(self, rank: int = 0) -> Any:
-        """What lm-eval found in all documents; to others than the first of several processes, None."""
+        """lm-eval's results over all documents; None in all processes but the first."""
         lm_eval = _lm_eval()
         from lm_eval.models.huggingface import HFLM
 
@@ -160,14 +160,14 @@ class _Work:
 
 
 def _all_gather(x: torch.Tensor) -> torch.Tensor:
-    """One number of each process."""
+    """The numbers that all processes pass in, by rank."""
     numbers = [torch.zeros(1, dtype=x.dtype) for _ in range(dist.get_world_size())]
     dist.all_gather(numbers, x.cpu().reshape(1))
     return torch.cat(numbers)
 
 
 def _score_part(rank: int, work: _Work, folder: Path) -> None:
-    """As one of several processes."""
+    """Score one process's part of the documents; the first process writes the results of all into `folder`."""
     device = work.devices[rank]
     if device.type == "cuda":
         torch.cuda.set_device(device)

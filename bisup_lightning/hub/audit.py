@@ -80,7 +80,7 @@ def expected_tensors(model: BlockwiseModel, config: BisupConfig) -> dict[str, Te
         vocabulary = torch.empty(family.vocab_size, family.hidden_size)
         tensors = {FINAL_NORM: torch.empty(family.hidden_size), EMBEDDING: vocabulary}
         prompt = PromptKV(family.num_layers, family.num_kv_heads, config.prompt_length, family.head_dim)
-    tensors[model.checkpoint.head_name(family.config.tie_word_embeddings)] = vocabulary
+    tensors[model.head_name] = vocabulary
     for index in range(family.num_layers):
         layer = pack_layer(family.empty_layer(index), scheme, family.config)
         tensors |= {layer_prefix(index) + name: tensor for name, tensor in layer.state_dict().items()}

@@ -1,9 +1,12 @@
 """Completes a text with a quantized model."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
+
+from bisup_lightning.model.whole import load_whole_model
 
 
 @torch.no_grad()
@@ -17,8 +20,7 @@ def complete(folder: Path, text: str, max_new_tokens: int, temperature: float, d
         temperature: 0 takes the likeliest token each time.
         device: Where to compute.
     """
-    model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, trust_remote_code=False)
-    model = model.to(device).eval()  # type: ignore[arg-type]  # stub lacks self
+    model: Any = load_whole_model(folder, device)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     inputs = tokenizer(text, return_tensors="pt").to(device)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}

@@ -60,7 +60,9 @@ class BisupQuantizer(HfQuantizer):
     quantization_config: BisupConfig
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse to keep a part elsewhere than where it computes: such parts are fetched when modules run, not clips.
+        """Refuse to keep a part elsewhere than where it computes: accelerate fetches such parts module by module.
+
+        It would leave out clip values: they belong to a ParameterList, a module that never runs.
 
         Raises:
             ValueError: If the device map does.
@@ -150,7 +152,7 @@ class StandBehindPrompt:
         return bool(begins if mask_BT is None else begins & mask_BT[:, 0].bool().all())
 
     def _find_copies(self, cache: PromptCache, ids_BT: Tensor | None, mask_BT: Tensor | None) -> None:
-        """See which rows bring the prompt along, until all hold enough tokens to tell."""
+        """Find rows that begin, behind padding, with a copy of the prompt, until all are long enough to tell."""
         if self.prompt is None or cache.beginning_BT is None or ids_BT is None:
             cache.beginning_BT = None
             return
@@ -169,7 +171,10 @@ class StandBehindPrompt:
 
     @staticmethod
     def _stand_behind(kwargs: dict[str, Any], cache: PromptCache) -> None:
-        """Positions start at P, or at P behind a row's own copy; masks count the prompt, and not such a copy."""
+        """Shift position_ids by P, less the length of a row's own copy of the prompt; extend the mask to the prompt.
+
+        The mask gets P ones in front and masks a row's own copy out.
+        """
         length, copy_BT = cache.tokens_in_front, cache.own_copy_BT
         positions_BT, mask_BT = kwargs.get("position_ids"), kwargs.get("attention_mask")
         if copy_BT is not None:

@@ -52,7 +52,7 @@ def save_model(
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    head = fp.checkpoint.head_name(fp.family.config.tie_word_embeddings)
+    head = fp.head_name
     cpu, storage = torch.device("cpu"), fp.storage_dtype
     shared = {name: fp.checkpoint.read_shared(name, cpu, storage) for name in sorted({EMBEDDING, FINAL_NORM, head})}
     if prompt_ids:

@@ -44,9 +44,9 @@ def run_layer(layer: nn.Module, hidden_BTD: Tensor, positions: Positions, kv: Bl
 
 
 def run_layer_in_halves(layer: nn.Module, hidden_BTD: Tensor, positions: Positions, kv: BlockKV) -> Tensor:
-    """As `run_layer`, but for its gradients each half of the layer is computed anew: they hold one half in memory."""
+    """As `run_layer`, but the backward pass recomputes one half of the layer at a time, and holds no more in memory."""
     seen: dict[str, Any] = {"attention_mask": positions.mask, "position_embeddings": positions.rotary, CACHE: kv}
-    again: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # nothing here draws
+    again: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # nothing here draws random numbers
     hidden_BTD = checkpoint(attention_half, layer, hidden_BTD, **seen, **again)
     return checkpoint(mlp_half, layer, hidden_BTD, **again)
 
@@ -63,16 +63,23 @@ class ExactPrompt:
     Args:
         model: Full-precision, then it encodes the prompt as the walk goes; or quantized with a stored prompt, which
             replaces the named one.
-        ids: Token ids of the prompt; empty for none.
+        prompt_ids: Token ids of the prompt; empty for none.
     """
 
-    def __init__(self, model: "BlockwiseModel", ids: Sequence[int]) -> None:
-        self.model, self.length = model, len(ids)
-        self.stored = model.stored_prompt() if ids else None
-        self.hidden_1PD = model.embed(torch.tensor([list(ids)]).long())
+    def __init__(self, model: "BlockwiseModel", prompt_ids: Sequence[int]) -> None:
+        self.model, self.length = model, len(prompt_ids)
+        self.stored = model.stored_prompt() if prompt_ids else None
+        self.hidden_1PD = model.embed(torch.tensor([list(prompt_ids)]).long())
 
-    def of_layer(self, index: int, layer: nn.Module) -> KeyValue | None:
-        """Keys and values [H, P, d] in block `index`, or None without a prompt."""
+    def block_kv(self, index: int, layer: nn.Module) -> BlockKV:
+        """The cache that block `index` runs with: the exact prompt in front, what follows quantized as in the model.
+
+        Call it once for each block, in order: a full-precision model encodes the prompt block by block.
+        """
+        return BlockKV(self.model.kv_quantizer, self._key_value(index, layer))
+
+    def _key_value(self, index: int, layer: nn.Module) -> KeyValue | None:
+        """The prompt's keys and values [H, P, d] in block `index`, or None without a prompt."""
         if not self.length:
             return None
         if self.stored is not None:
@@ -92,6 +99,9 @@ class BlockwiseModel:
         checkpoint: What to read instead of the folder's own tensors: the same model, transformed.
         fused_attention: Whether attention behind a prompt runs on a fused kernel. Its last digits differ from those of
             the model as transformers loads it.
+
+    Attributes:
+        kv_quantizer: Quantizer of keys and values; a full-precision model's leaves them as they are.
     """
 
     def __init__(
@@ -108,6 +118,7 @@ class BlockwiseModel:
         attention = FUSED_CAUSAL if fused_attention else "sdpa"
         self.family = Family.of_folder(str(folder), self.checkpoint.num_layers, attention)
         self.device, self.scheme = device, scheme
+        self.kv_quantizer = KVQuantizer(None) if scheme is None else KVQuantizer.of(scheme)
         if scheme is None:
             if self.family.quantizer is not None:
                 raise UserError(
@@ -125,6 +136,11 @@ class BlockwiseModel:
     def num_layers(self) -> int:
         """How many blocks there are."""
         return self.family.num_layers
+
+    @property
+    def head_name(self) -> str:
+        """The name of the output projection's tensor: the embedding's, where the two are tied."""
+        return self.checkpoint.head_name(self.family.tied)
 
     def embed(self, ids_BT: Tensor, out: Tensor | None = None) -> Tensor:
         """Embeddings [B, T, D] of token ids, on the CPU (in `out`, if given), in the dtype that blocks compute in."""
@@ -163,7 +179,7 @@ class BlockwiseModel:
         return layer.requires_grad_(False)
 
     def layers(self) -> Iterator[tuple[int, nn.Module]]:
-        """All blocks in order, one at a time, for several passes through each."""
+        """All blocks in order, one at a time; packed weights are dequantized once, for several passes through each."""
         for index in range(self.num_layers):
             yield index, hold_dense(self.layer(index), self.dtype)
 
@@ -208,10 +224,9 @@ class BlockwiseModel:
     def logits(self, ids_BT: Tensor) -> Tensor:
         """Logits [B, T, V] of a few token ids; a quantized model's behind its stored prompt."""
         stored = self.stored_prompt()
-        quantizer = None if self.scheme is None else KVQuantizer.of(self.scheme)
         hidden_BTD = self.embed(ids_BT).to(self.device)
         for index, layer in self.layers():
-            kv = BlockKV(quantizer, None if stored is None else stored.of_layer(index))
+            kv = BlockKV(self.kv_quantizer, None if stored is None else stored.of_layer(index))
             positions = self.positions(index, ids_BT.shape[1], 0 if stored is None else len(stored.ids))
             hidden_BTD = run_layer(layer, hidden_BTD, positions, kv)
         return self.head()(hidden_BTD)
@@ -219,8 +234,7 @@ class BlockwiseModel:
     def head(self) -> nn.Module:
         """Final norm and output projection: hidden states [..., D] to logits [..., V]."""
         norm = self.family.final_norm(self.checkpoint.read_shared(FINAL_NORM, self.device, self.dtype))
-        name = self.checkpoint.head_name(self.family.config.tie_word_embeddings)
-        weight_VD = self.checkpoint.read_shared(name, self.device, self.dtype)
+        weight_VD = self.checkpoint.read_shared(self.head_name, self.device, self.dtype)
         projection = nn.Linear(weight_VD.shape[1], weight_VD.shape[0], bias=False, device="meta")
         projection.load_state_dict({"weight": weight_VD}, assign=True)
         return nn.Sequential(norm, projection).requires_grad_(False)

@@ -25,8 +25,8 @@ class LinearInput:
 
     Args:
         name: What this application calls it.
-        linears: Who reads it.
-        norm: Who makes it, if a norm does.
+        linears: Names of the linears that read it.
+        norm: Name of the norm that makes it, if one does.
         producers: Linears whose output rows are its channels, one for one, so that a new order can be absorbed in them.
     """
 
@@ -104,7 +104,7 @@ def _mlp_of_factors(mlp: Any, x_BTD: Tensor) -> Tensor:
 def watch_attention(layer: nn.Module, record: Callable[[Tensor], None]) -> None:
     """Have a layer compute its attention weights openly and hand them to `record`, [B, heads, T, P + T] each.
 
-    Such a layer takes additive masks alone, and no mask lets every token see all.
+    Such a layer takes additive masks only; without a mask every token sees all others, later ones included.
     """
     attention: Any = layer.self_attn
     attention.config = copy.copy(attention.config)
@@ -113,7 +113,10 @@ def watch_attention(layer: nn.Module, record: Callable[[Tensor], None]) -> None:
 
 
 def online_rotation(entry: LinearInput, config: PretrainedConfig) -> int:
-    """How many parts of an activation QuaRot mixes at run time: the heads, every MLP channel, or none (0)."""
+    """Size of the Hadamard transform that QuaRot applies to an activation at run time; 0 for none.
+
+    It mixes the heads of attention's output, and all channels of the MLP's activation.
+    """
     if entry is ATTENTION_OUTPUT:
         return config.num_attention_heads
     return config.intermediate_size if entry is MLP_ACTIVATION else 0
@@ -184,7 +187,7 @@ class Family:
     def empty_layer(self, index: int) -> nn.Module:
         """Block `index` on the meta device, to be filled with `load_state_dict(..., assign=True)`.
 
-        All blocks call themselves the first: no cache here asks, and one compiled graph then serves them all.
+        Every block has layer index 0: the caches of one block ignore it, and one compiled graph then serves all blocks.
         """
         layer = copy.deepcopy(decoder_layers(self._skeleton)[index])
         layer.get_submodule("self_attn").layer_idx = 0  # type: ignore[assignment]  # a number, not a module
@@ -199,6 +202,11 @@ class Family:
     def rotary(self) -> nn.Module:
         """The rotary embedding: (hidden, position_ids) to (cos, sin), on the CPU in float32."""
         return type(self._skeleton.model.rotary_emb)(config=self.config)
+
+    @property
+    def tied(self) -> bool:
+        """Whether the configuration says that the output projection is the embedding."""
+        return self.config.tie_word_embeddings
 
     @property
     def quantizer(self) -> str | None:

@@ -80,7 +80,7 @@ class BlockKV:
         return _in_front(k_HPd, k_BHTd), _in_front(v_HPd, v_BHTd)
 
     def copy(self) -> "BlockKV":
-        """The same with tensors of its own."""
+        """The same with its own copy of the prompt's tensors."""
         return BlockKV(
             self.quantizer, None if self.prompt is None else (self.prompt[0].clone(), self.prompt[1].clone())
         )
@@ -170,8 +170,10 @@ class PromptCache(Cache):
 
     Attributes:
         tokens_in_front: P, or 0 where the inputs hold the prompt.
-        own_copy_BT: Where inputs bring the prompt along although it stands in front.
-        beginning_BT: Ids of all tokens so far, while it is unknown of some row whether it begins with the prompt.
+        own_copy_BT: True at the tokens of a row's own copy of the prompt, which its inputs hold although the prompt
+            stands in front; None if no row has one.
+        beginning_BT: Ids of all tokens so far, while it is unknown of some row whether it begins with the prompt; then
+            None.
     """
 
     layers: list[PromptCacheLayer]  # type: ignore[assignment]  # of one kind
@@ -186,7 +188,7 @@ class PromptCache(Cache):
         """Before the first tokens of a text.
 
         Args:
-            ids_BT: Their ids, if it depends on them what is the prompt's copy.
+            ids_BT: Their ids, if rows' own copies of the prompt are to be found among them; else None.
             inputs_hold_prompt: See PromptCacheLayer.
         """
         for layer in self.layers:

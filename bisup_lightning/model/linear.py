@@ -60,12 +60,15 @@ class InputQuantizer(nn.Module):
         self.segments, self.storage_dtype, self.rotated = tuple(segments), storage_dtype, rotated
         features = sum(segment.columns for segment in segments)
         self.clips = nn.ParameterList(torch.full((_clip_count(segment),), clip) for segment in segments)
-        self.with_codes = False  # whether, where gradients are wanted, codes come along, for products of integers
+        self.with_codes = False  # whether passes with gradients give integer codes, too, for integer products
         self.register_buffer("order", torch.arange(features, dtype=torch.int32) if reordered else None)
         self._factors: tuple[Tensor, ...] = hadamard_factors(rotated, torch.float32) if rotated else ()
 
     def arrange(self, x: Tensor) -> Tensor:
-        """The order and basis in which an activation, or a weight that meets it, [..., I], is quantized; x·Wᵀ stays."""
+        """Reorder (Atom) and rotate (QuaRot) the channels of x [..., I] as they are quantized.
+
+        Applied to the columns of a weight as well, this leaves x·Wᵀ unchanged.
+        """
         if self.order is not None:
             x = x[..., self.order]
         if self.rotated:
@@ -178,7 +181,7 @@ class QuantLinear(nn.Module):
         self.smoothing_is_inverse = False
         self.smoothing_order: Tensor | None = None
         self.low_rank_form: LowRankForm = "slrec"
-        self.frugal = False  # whether gradients compute Ŵ anew instead of keeping it, and on a CPU its float32 steps
+        self.frugal = False  # whether Ŵ (on a CPU also its float32 steps) is recomputed for gradients, not kept
         for name in ("smoothing", "low_rank_a", "low_rank_b"):
             self.register_parameter(name, None)
 
@@ -304,12 +307,12 @@ class PackedSegment(nn.Module):
     codes: Tensor  # codes and scale where there is a quantizer, else values; the rest is None
     scale: Tensor
     values: Tensor
-    known_OC: Tensor | None  # what the codes stand for, in the dtype that W had
+    dense_OC: Tensor | None  # the dequantized columns in W's dtype, from `of_codes` until `take_dense`
 
     def __init__(self, rows: int, segment: Segment) -> None:
         super().__init__()
         self.columns, self.spec = segment.columns, segment.spec
-        self.register_buffer("known_OC", None, persistent=False)
+        self.register_buffer("dense_OC", None, persistent=False)
         for name in ("codes", "scale", "values"):
             self.register_buffer(name, None)
         if segment.spec is None:
@@ -320,13 +323,20 @@ class PackedSegment(nn.Module):
 
     @classmethod
     def of_codes(
-        cls, codes_OC: Tensor, scale_OG: Tensor, spec: QuantSpec, known_OC: Tensor | None = None
+        cls, codes_OC: Tensor, scale_OG: Tensor, spec: QuantSpec, dense_OC: Tensor | None = None
     ) -> "PackedSegment":
-        """Pack codes with their scales, and keep what they stand for, if it is known, until somebody wants it."""
+        """Pack codes [O, C] with their scales [O, G].
+
+        Args:
+            codes_OC: Integer codes.
+            scale_OG: Scales in their storage dtype.
+            spec: The quantizer.
+            dense_OC: The dequantized columns, if the caller has them; `take_dense` hands them out once.
+        """
         with torch.device("meta"):
             packed = cls(codes_OC.shape[0], Segment(codes_OC.shape[1], spec))
         packed.codes, packed.scale = pack(codes_OC, spec.bits, spec.qmin), scale_OG
-        packed.known_OC = known_OC
+        packed.dense_OC = dense_OC
         return packed
 
     @classmethod
@@ -344,9 +354,9 @@ class PackedSegment(nn.Module):
         return dequantize(restore(self.codes, self.columns, self.spec.qmin), self.scale)
 
     def take_dense(self, dtype: torch.dtype) -> Tensor:
-        """The same in a dtype; what is known is given away, not unpacked."""
-        known_OC, self.known_OC = self.known_OC, None
-        return self.dense(fast_unpack).to(dtype) if known_OC is None or known_OC.dtype != dtype else known_OC
+        """The columns [O, C] in a dtype: those given to `of_codes` if they have it, else unpacked; keeps neither."""
+        dense_OC, self.dense_OC = self.dense_OC, None
+        return self.dense(fast_unpack).to(dtype) if dense_OC is None or dense_OC.dtype != dtype else dense_OC
 
     def extra_repr(self) -> str:
         """Width and quantizer in `print(model)`."""
@@ -374,7 +384,7 @@ class PackedLinear(nn.Module):
         self.input_quantizer = input_quantizer
 
     def hold_dense(self, dtype: torch.dtype) -> None:
-        """Keep Ŵ in the dtype that inputs have, from now on, beside its codes."""
+        """Dequantize Ŵ once into `dtype`, that of the inputs, and keep it beside the codes for later passes."""
         if self.held_OI is None or self.held_OI.dtype != dtype:
             self.held_OI = side_by_side([segment.take_dense(dtype) for segment in self.segments])
 

@@ -51,7 +51,7 @@ class InputStatistics:
             layer.set_submodule(entry.linears[0], self._observed[entry.name])
 
     def add_pass(self) -> None:
-        """Count the last forward pass. One that ran out of memory is not counted, but the one taken in its stead."""
+        """Add the figures of the last forward pass. One that ran out of memory is repeated: add only the repetition."""
         for name, observed in self._observed.items():
             if name in self.absmax:
                 torch.maximum(self.absmax[name], observed.absmax, out=self.absmax[name])

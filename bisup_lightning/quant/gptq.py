@@ -21,7 +21,7 @@ from bisup_lightning.quant.spec import QuantSpec
 MAX_DAMP = 1.0  # here H is half identity: whatever still fails is no Hessian
 
 
-class Segment(NamedTuple):
+class ClippedSegment(NamedTuple):
     """Neighbouring columns under one quantizer: all of a weight, or for Atom the normal and the outlier channels.
 
     Args:
@@ -70,7 +70,7 @@ def accumulate_hessian(hessian_II: Tensor, x_TI: Tensor) -> Tensor:
 def gptq_quantize(
     w_OI: Tensor,
     hessian_II: Tensor,
-    segments: Sequence[Segment],
+    segments: Sequence[ClippedSegment],
     *,
     blocksize: int = 128,
     damp: float = 0.01,
@@ -123,7 +123,7 @@ def gptq_quantize(
     return quantized
 
 
-def _check(w_OI: Tensor, hessian_II: Tensor, segments: Sequence[Segment], blocksize: int, damp: float) -> None:
+def _check(w_OI: Tensor, hessian_II: Tensor, segments: Sequence[ClippedSegment], blocksize: int, damp: float) -> None:
     """Refuse what the walk cannot do before it starts."""
     rows, features = w_OI.shape
     if hessian_II.shape != (features, features):
@@ -142,7 +142,7 @@ def _check(w_OI: Tensor, hessian_II: Tensor, segments: Sequence[Segment], blocks
             raise ValueError(f"clip values {list(clip_OG.shape)} do not broadcast to {list(shape)}")
 
 
-def _walking_orders(diagonal_I: Tensor, segments: Sequence[Segment], act_order: bool) -> list[Tensor]:
+def _walking_orders(diagonal_I: Tensor, segments: Sequence[ClippedSegment], act_order: bool) -> list[Tensor]:
     """The columns of each segment in the order they are rounded, as indices into the whole weight."""
     columns = torch.arange(len(diagonal_I), device=diagonal_I.device).split([segment.columns for segment in segments])
     if not act_order:
@@ -185,7 +185,7 @@ def _error_shares(hessian_II: Tensor, damp: float) -> Tensor:
 def _walk(
     w_IO: Tensor,
     share_II: Tensor,
-    segment: Segment,
+    segment: ClippedSegment,
     order_C: Tensor,
     extent: int,
     blocksize: int,

@@ -76,8 +76,8 @@ class RotatedCheckpoint(Checkpoint):
         """Embedding, final norm (ones), or head, rotated in slices of rows."""
         if name == FINAL_NORM:
             return torch.ones(self.family.hidden_size, device=device, dtype=dtype)
-        tied = self.family.config.tie_word_embeddings
-        stored = super().read_shared(super().head_name(tied) if name == HEAD else name, torch.device("cpu"), None)
+        stored_name = super().head_name(self.family.tied) if name == HEAD else name
+        stored = super().read_shared(stored_name, torch.device("cpu"), None)
         scale_D = super().read_shared(FINAL_NORM, self.device, torch.float64) if name == HEAD else 1.0
         rows = [
             self._rotate(rows_D.to(self.device).double() * scale_D).to(device, dtype) for rows_D in stored.split(8192)

@@ -12,7 +12,7 @@ from bisup_lightning.quant.spec import Precision, Scheme
 
 
 class Transform:
-    """Leaves a model as it is; the base of those that do not."""
+    """Base class of transforms; by itself it leaves a model as it is."""
 
     needs_statistics = False
 

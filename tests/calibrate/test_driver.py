@@ -18,7 +18,7 @@ from bisup_lightning.data.corpus import CalibrationData, calibration_tokens
 from bisup_lightning.data.layer_inputs import LayerInputs
 from bisup_lightning.model.checkpoint import SINGLE
 from bisup_lightning.quant.affine import fake_quantize
-from bisup_lightning.quant.gptq import Segment, accumulate_hessian, gptq_quantize
+from bisup_lightning.quant.gptq import ClippedSegment, accumulate_hessian, gptq_quantize
 from bisup_lightning.quant.spec import QuantSpec
 from tests.tools import BISUP, GPTQ, RTN, Poison, Watch, contents, with_callback
 
@@ -186,7 +186,7 @@ def test_gptq_solves_the_first_linears_for_the_inputs_they_will_have(checkpoint,
     hessian_II = accumulate_hessian(torch.zeros(64, 64), x_TI)
     for name in ("q_proj", "k_proj", "v_proj"):
         weight = first.self_attn.get_submodule(name).weight
-        (solved,) = gptq_quantize(weight.detach(), hessian_II.clone(), [Segment(64, QuantSpec(3))])
+        (solved,) = gptq_quantize(weight.detach(), hessian_II.clone(), [ClippedSegment(64, QuantSpec(3))])
         found = quantized.model.layers[0].self_attn.get_submodule(name).dense_weight()
         same = (found - solved.dequantize()).abs() < 1e-6
         assert same.double().mean() > 0.99  # sums in another order may tip a rounding

@@ -8,7 +8,7 @@ from bisup_lightning.model.family import LINEAR_INPUTS
 from bisup_lightning.model.kv import BlockKV
 from bisup_lightning.quant.affine import dequantize, quantize
 from bisup_lightning.quant.clipping import search_weight_clip
-from bisup_lightning.quant.gptq import Segment, accumulate_hessian, gptq_quantize
+from bisup_lightning.quant.gptq import ClippedSegment, accumulate_hessian, gptq_quantize
 from bisup_lightning.quant.spec import QuantSpec
 from tests.inputs import DEMO
 
@@ -52,6 +52,6 @@ def test_the_layer_error_is_at_or_below_roundings(linears, spec):
 
     for name, weight, hessian in linears:
         clip = search_weight_clip(weight, spec)
-        (solved,) = gptq_quantize(weight, hessian, [Segment(weight.shape[1], spec, clip)])
+        (solved,) = gptq_quantize(weight, hessian, [ClippedSegment(weight.shape[1], spec, clip)])
         rounded = dequantize(*quantize(weight, spec, clip))
         assert error(weight, solved.dequantize(), hessian) <= error(weight, rounded, hessian), name

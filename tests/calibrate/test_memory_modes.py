@@ -13,7 +13,7 @@ from bisup_lightning.calibrate.block_calibration import BlockCalibration, Optimi
 from bisup_lightning.calibrate.driver import BlockWalk
 from bisup_lightning.calibrate.events import WalkCallback
 from bisup_lightning.cli import main
-from bisup_lightning.data.streams import Home
+from bisup_lightning.data.streams import StreamStorage
 from bisup_lightning.model.blockwise import BlockwiseModel, run_layer, run_layer_in_halves
 from bisup_lightning.model.kv import BlockKV, KVQuantizer
 from bisup_lightning.model.theta import Theta, add_theta, theta_parameters
@@ -133,13 +133,13 @@ def test_a_run_in_low_memory_resumes_to_the_byte(cut_off_and_resumed, checkpoint
 @pytest.fixture
 def files(monkeypatch):
     """How many tensors were made in files."""
-    made, empty = [], Home.empty
+    made, empty = [], StreamStorage.empty
 
     def watched(self, shape, dtype):
         made.extend([shape] * (self.place == "file"))
         return empty(self, shape, dtype)
 
-    monkeypatch.setattr(Home, "empty", watched)
+    monkeypatch.setattr(StreamStorage, "empty", watched)
     return made
 
 

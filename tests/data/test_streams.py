@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from bisup_lightning.data import streams
-from bisup_lightning.data.streams import Home, choose_place, free_host_bytes, moved
+from bisup_lightning.data.streams import StreamStorage, choose_place, free_host_bytes
+from bisup_lightning.data.transfer import moved
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -18,7 +19,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.mark.parametrize("place", ["host", "file"])
 def test_a_tensor_holds_what_is_written(tmp_path, place, dtype):
     x_NTD = torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(0)).to(dtype)
-    home = Home(place, CPU, tmp_path)
+    home = StreamStorage(place, CPU, tmp_path)
     y_NTD = home.copy(x_NTD)
     assert y_NTD.dtype == dtype
     assert torch.equal(y_NTD, x_NTD)
@@ -29,7 +30,7 @@ def test_a_tensor_holds_what_is_written(tmp_path, place, dtype):
 
 
 def test_a_file_has_no_name_and_goes_with_its_tensor(tmp_path):
-    home = Home("file", CPU, tmp_path)
+    home = StreamStorage("file", CPU, tmp_path)
     x = home.empty(torch.Size([1024, 1024]), torch.float32)
     assert list(tmp_path.iterdir()) == []
     maps = Path("/proc/self/maps")
@@ -51,7 +52,7 @@ def test_a_full_disk_is_an_error_and_not_a_signal(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(OSError, match="No space"):
-        Home("file", CPU, tmp_path).empty(torch.Size([2, 3]), torch.float32)
+        StreamStorage("file", CPU, tmp_path).empty(torch.Size([2, 3]), torch.float32)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from bisup_lightning import cli
 from bisup_lightning.cli import main
 from bisup_lightning.errors import UserError
-from bisup_lightning.evaluate.perplexity import Evaluation
+from bisup_lightning.evaluate.settings import Evaluation
 from bisup_lightning.evaluate.zero_shot import (
     TASKS,
     check_zero_shot,

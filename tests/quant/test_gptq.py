@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from bisup_lightning.quant.affine import dequantize, quantize
 from bisup_lightning.quant.clipping import search_weight_clip
-from bisup_lightning.quant.gptq import Segment, accumulate_hessian, gptq_quantize
+from bisup_lightning.quant.gptq import ClippedSegment, accumulate_hessian, gptq_quantize
 from bisup_lightning.quant.spec import QuantSpec
 from tests import reference_gptq
 
@@ -22,7 +22,7 @@ def problem(rows, features, seed=0, tokens=None, dtype=torch.float64):
 
 
 def whole(w_OI, spec, clip_OG=None):
-    return [Segment(w_OI.shape[1], spec, clip_OG)]
+    return [ClippedSegment(w_OI.shape[1], spec, clip_OG)]
 
 
 def assert_equals_reference(w_OI, hessian_II, segments, **options):
@@ -57,7 +57,7 @@ def test_equals_the_slow_reference(bits, group_size, searched, act_order):
 )
 def test_outliers_equal_the_slow_reference(seed, group_size, outlier, act_order, damp):
     w_OI, hessian_II = problem(5, 40, seed)
-    segments = [Segment(32, QuantSpec(3, group_size=group_size)), Segment(8, outlier)]
+    segments = [ClippedSegment(32, QuantSpec(3, group_size=group_size)), ClippedSegment(8, outlier)]
     assert_equals_reference(w_OI, hessian_II, segments, act_order=act_order, damp=damp)
 
 
@@ -74,7 +74,7 @@ def test_float32_walks_almost_the_same_way():
 @pytest.mark.parametrize("group_size", [None, 8, 48, 96])
 def test_blocksize_changes_nothing(group_size, act_order):
     w_OI, hessian_II = problem(9, 192)
-    segments = [Segment(96, QuantSpec(3, group_size=group_size)), Segment(96, QuantSpec(6))]
+    segments = [ClippedSegment(96, QuantSpec(3, group_size=group_size)), ClippedSegment(96, QuantSpec(6))]
     results = [gptq_quantize(w_OI, hessian_II, segments, blocksize=b, act_order=act_order) for b in (1, 32, 128)]
     for result in results[1:]:
         for got, expected in zip(result, results[0], strict=True):
@@ -147,7 +147,7 @@ def test_silent_columns_are_rounded_and_touch_nothing():
 
 def test_unquantized_outliers_absorb_the_error():
     w_OI, hessian_II = problem(8, 64)
-    segments = [Segment(48, QuantSpec(3)), Segment(16, None)]
+    segments = [ClippedSegment(48, QuantSpec(3)), ClippedSegment(16, None)]
     normal, outliers = gptq_quantize(w_OI.bfloat16(), hessian_II.float(), segments)
     assert outliers.scale_OG is None
     assert outliers.codes.dtype == torch.bfloat16
@@ -196,15 +196,15 @@ def test_hessian_is_a_sum_over_batches():
 @pytest.mark.parametrize(
     ("segments", "options", "message"),
     [
-        ([Segment(32, QuantSpec(4, symmetric=False))], {}, "symmetric"),
-        ([Segment(16, QuantSpec(4))], {}, "cover"),
-        ([Segment(32, QuantSpec(4)), Segment(0, None)], {}, "cover"),
+        ([ClippedSegment(32, QuantSpec(4, symmetric=False))], {}, "symmetric"),
+        ([ClippedSegment(16, QuantSpec(4))], {}, "cover"),
+        ([ClippedSegment(32, QuantSpec(4)), ClippedSegment(0, None)], {}, "cover"),
         ([], {}, "cover"),
-        ([Segment(32, QuantSpec(4, group_size=24))], {}, "divide"),
-        ([Segment(32, QuantSpec(4), torch.ones(5, 1))], {}, "broadcast"),
-        ([Segment(32, QuantSpec(4), torch.ones(4, 2))], {}, "broadcast"),
-        ([Segment(32, QuantSpec(4))], {"blocksize": 0}, "blocksize"),
-        ([Segment(32, QuantSpec(4))], {"damp": -1.0}, "damp"),
+        ([ClippedSegment(32, QuantSpec(4, group_size=24))], {}, "divide"),
+        ([ClippedSegment(32, QuantSpec(4), torch.ones(5, 1))], {}, "broadcast"),
+        ([ClippedSegment(32, QuantSpec(4), torch.ones(4, 2))], {}, "broadcast"),
+        ([ClippedSegment(32, QuantSpec(4))], {"blocksize": 0}, "blocksize"),
+        ([ClippedSegment(32, QuantSpec(4))], {"damp": -1.0}, "damp"),
     ],
 )
 def test_refuses_what_it_cannot_do(segments, options, message):
