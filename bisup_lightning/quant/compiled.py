@@ -21,10 +21,10 @@ def compiled_on_gpu(*, dynamic: bool) -> Callable[[Callable[P, R]], Callable[P, 
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        @cache  # not before it is used: naming options loads the compiler, which takes seconds
+        @cache  # made at the first use: torch.compile with options imports the compiler, which takes seconds
         def compiled() -> Callable[P, R]:
-            # Fused kernels would keep intermediate values wider than bf16. Rounding to a grid of a few values blows
-            # such differences up: gradients would be those of other codes than a forward pass on its own computes.
+            # By default, fused kernels keep in float32 what eager code rounds to bf16. Quantization can turn so small a
+            # difference into another code; gradients would then belong to other codes than an eager forward pass has.
             return torch.compile(function, dynamic=dynamic, options={"emulate_precision_casts": True})
 
         @wraps(function)

@@ -1,4 +1,4 @@
-"""What an MLP's last linear reads, before it is computed: a kernel that rounds it can do that on the way."""
+"""The two factors of an MLP's last input, not yet multiplied: the kernel that quantizes the product can form it."""
 
 from dataclasses import dataclass
 
@@ -19,5 +19,5 @@ class Gated:
     up: Tensor
 
     def product(self) -> Tensor:
-        """As the model itself computes it."""
+        """silu(gate) · up [..., I], as the model itself computes it."""
         return F.silu(self.gate) * self.up

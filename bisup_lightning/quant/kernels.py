@@ -325,8 +325,9 @@ def threshold_gradient(
         )
         grad = tl.load(grad_row + i[None, :], mask, 0.0).to(tl.float32)
         total += tl.sum(grad * _dy_dscale(x * (1.0 / scale)[:, None], qmin, qmax), 1)
-    grad_threshold = tl.where(passes, total, 0.0) * (1.0 / qmax)
-    tl.store(part_grad_threshold_ptr + tl.program_id(1) * rows + o, grad_threshold, o < rows)
+    tl.store(
+        part_grad_threshold_ptr + tl.program_id(1) * rows + o, tl.where(passes, total, 0.0) * (1.0 / qmax), o < rows
+    )
 
 
 @triton.jit

@@ -7,17 +7,17 @@ from bisup_lightning.quant.affine import wide
 
 
 def _product(w_OI: Tensor, a_OR: Tensor, b_RI: Tensor) -> Tensor:
-    """AB of A and B in W's dtype, summed up wide."""
+    """AB in the wide dtype, of A and B rounded to W's dtype."""
     return wide(a_OR.to(w_OI.dtype)) @ wide(b_RI.to(w_OI.dtype))
 
 
 def slrec(w_OI: Tensor, a_OR: Tensor, b_RI: Tensor) -> Tensor:
-    """Stabilized form W ⊙ (1 + AB) of eq. 7: the weight anchors the correction. All but A and B is wide."""
+    """Stabilized form W ⊙ (1 + AB) of eq. 7: the weight anchors the correction. In the wide dtype."""
     return wide(w_OI) * (1 + _product(w_OI, a_OR, b_RI))
 
 
 def lrec(w_OI: Tensor, a_OR: Tensor, b_RI: Tensor) -> Tensor:
-    """Plain form W + AB of eq. 6, kept for the ablation (paper §A.3). All but A and B is wide."""
+    """Plain form W + AB of eq. 6, kept for the ablation (paper §A.3). In the wide dtype."""
     return wide(w_OI) + _product(w_OI, a_OR, b_RI)
 
 

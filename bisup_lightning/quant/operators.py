@@ -281,7 +281,8 @@ def round_weight_gradient(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of A, B, s and the clip values, float32; empty where there is no such tensor.
 
-    `absmax` and `largest` are the second and third result of `round_weight`; the rest is as there.
+    `absmax` and `largest` (the kernels' signed_argmax) are the second and third result of `round_weight`; the other
+    arguments are those of `round_weight`.
     """
     tensors, constants = _weight_arguments(w, a, b, s, clip, bits, size, form, scale_dtype)
     (rows, columns), rank, grad = w.shape, constants["rank"], grad.contiguous()
