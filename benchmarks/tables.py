@@ -33,7 +33,8 @@ from bisup_lightning.data.corpus import check_source  # noqa: E402
 from bisup_lightning.errors import UserError  # noqa: E402
 from bisup_lightning.model.checkpoint import resolve  # noqa: E402
 from bisup_lightning.report.compare import tables_of  # noqa: E402
-from bisup_lightning.report.run import RESULTS, Run  # noqa: E402
+from bisup_lightning.report.run import Run  # noqa: E402
+from bisup_lightning.run_layout import RESULTS  # noqa: E402
 
 TABLES = ("3", "A11", "A12", "A13", "A14")
 ABLATIONS = {"3": ("fwac", "fwac-swas", "fwac-swas-slrec"), "A11": ("wac", "fwac", "fwac-was", "fwac-swas")}

@@ -35,7 +35,6 @@ from bisup_lightning.calibrate.launch import launch
 from bisup_lightning.calibrate.measure import evaluate_checkpoint, evaluate_run, published_model, read_results
 from bisup_lightning.calibrate.merge import merge
 from bisup_lightning.calibrate.parallel import Ranks, environment, join
-from bisup_lightning.calibrate.run_reader import CONFIG
 from bisup_lightning.calibrate.signals import Interrupted, Signals, requeue
 from bisup_lightning.configuration import check_file, flatten, one_line, root_message, trust
 from bisup_lightning.data.prompt import Prompt
@@ -52,6 +51,7 @@ from bisup_lightning.report.errors_chart import write_errors
 from bisup_lightning.report.page import REPORT, write_report
 from bisup_lightning.report.run import Run
 from bisup_lightning.report.tables import comparison_table, perplexity_table, text_table, zero_shot_table
+from bisup_lightning.run_layout import CONFIG
 
 PEER_LOST_PAUSE = 5.0  # seconds in which the launcher finds out which process ended first
 HARMLESS = (

@@ -24,7 +24,7 @@ from bisup_lightning.calibrate.parallel import (
     take_place,
 )
 from bisup_lightning.calibrate.run_lock import RunLock
-from bisup_lightning.calibrate.run_reader import METRICS, Progress
+from bisup_lightning.calibrate.run_reader import Progress
 from bisup_lightning.calibrate.run_store import RunStore
 from bisup_lightning.calibrate.wavefront import Independent, Wavefront
 from bisup_lightning.data import corpus
@@ -36,6 +36,7 @@ from bisup_lightning.hub.load import open_quantized
 from bisup_lightning.hub.save import save_model
 from bisup_lightning.model.blockwise import BlockwiseModel
 from bisup_lightning.quant.spec import Scheme
+from bisup_lightning.run_layout import METRICS
 from bisup_lightning.transform.invariance import check_invariance
 
 BEGUN, WALKED, ENDED = "begun", "walked", "ended"  # what the processes of a run tell each other
@@ -75,7 +76,7 @@ def lead(job: Job) -> dict[str, Any] | None:
     store = RunStore(job.run_dir)
     with RunLock(job.run_dir) as lock:
         progress = store.open(fingerprint(job, plain), job.resume, job.independent)
-        if progress.finished and progress.whole:
+        if progress.finished and progress.undamaged:
             store.clear()  # where the run was killed when it had just finished
             return store.results()
 
@@ -92,7 +93,7 @@ def lead(job: Job) -> dict[str, Any] | None:
         probe_BT = tokens_NT[:1, :64]
         transformed = transform(job, plain, None if progress.metrics else probe_BT)
         lock.claim()
-        goes_on = not progress.finished and not progress.scattered.issuperset(wanted)
+        goes_on = not progress.finished and not progress.finished_blocks.issuperset(wanted)
         store.begin(job.config_yaml, tokens_NT)
         if progress.finished:  # what was lost beside the results is made again, or not needed
             return store.results()
@@ -206,7 +207,7 @@ def walk(
         if job.independent:
             wanted = parse_blocks(job.blocks, model.num_layers)
             block_walk.relay = Independent(
-                wanted, progress.scattered, place, block_walk.inputs.fp, block_walk.prompt_1PD
+                wanted, progress.finished_blocks, place, block_walk.inputs.fp, block_walk.prompt_1PD
             )
         elif stages > 1:
             left = range(len(progress.metrics), model.num_layers)

@@ -41,7 +41,7 @@ def merge(runs: Sequence[Path], job: Job) -> dict[str, Any] | None:
         if keys := changes(fingerprint, store.fingerprint)[0]:
             raise UserError(f"merge: {run} differs from {runs[0]} in {', '.join(keys)}; they do not belong together")
         tokens_NT = progress.tokens_NT if tokens_NT is None else tokens_NT
-        source |= dict.fromkeys(progress.scattered, store)
+        source |= dict.fromkeys(progress.finished_blocks, store)
     plain, _ = open_checkpoint(job.checkpoint, job.device)
     if missing := sorted(set(range(plain.num_layers)) - source.keys()):
         raise UserError(f"merge: no run has block {missing[0]}{f' and {len(missing) - 1} more' * (len(missing) > 1)}")
@@ -49,7 +49,7 @@ def merge(runs: Sequence[Path], job: Job) -> dict[str, Any] | None:
         raise UserError(f"merge: {runs[0]} has lost its calibration text; run its fit again, which mends it")
     merged = RunStore(job.run_dir)
     with RunLock(job.run_dir) as lock:
-        there = merged.open(fingerprint, independent=True).scattered
+        there = merged.open(fingerprint, independent=True).finished_blocks
         lock.claim()
         merged.begin(job.config_yaml, tokens_NT)
         for index, store in sorted(source.items()):
