@@ -4,9 +4,9 @@ import tarfile
 from pathlib import Path
 
 from bisup_lightning.files import replacing
-from bisup_lightning.report.run import ANALYSIS, RESULTS
+from bisup_lightning.run_layout import ANALYSIS, CONFIG, EPOCH_LOGS, RESULTS
 
-FIGURES = ("config.yaml", "logs/[0-9]*/*.csv", ANALYSIS, RESULTS)  # what a run is read from; the results come last
+FIGURES = (CONFIG, EPOCH_LOGS, ANALYSIS, RESULTS)  # what a run is read from; the results come last
 
 
 def pack(runs: Path, archive: Path) -> None:

@@ -25,6 +25,7 @@ from statistics import fmean
 import torch
 
 from benchmarks.synthetic import SHAPES, write_checkpoint, write_text
+from bisup_lightning.run_layout import METRICS, block_file
 
 ROOT = Path(__file__).parent.parent
 COMPILING = 4  # blocks in which something may still be compiled
@@ -46,7 +47,7 @@ class Pace:
 
 def metrics_of(run_dir: Path, index: int) -> Path:
     """The last file that is written of a finished block."""
-    return run_dir / "blocks" / f"{index:05d}" / "metrics.json"
+    return run_dir / block_file(index, METRICS)
 
 
 def pace(run_dir: Path, blocks: int, stages: int = 1) -> Pace:

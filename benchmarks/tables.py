@@ -31,7 +31,8 @@ from bisup_lightning.data.corpus import check_source
 from bisup_lightning.errors import UserError
 from bisup_lightning.model.checkpoint import resolve
 from bisup_lightning.report.compare import tables_of
-from bisup_lightning.report.run import RESULTS, Run
+from bisup_lightning.report.run import Run
+from bisup_lightning.run_layout import RESULTS
 
 ROOT = Path(__file__).parent.parent
 TABLES = ("3", "A11", "A12", "A13", "A14")

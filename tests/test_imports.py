@@ -10,7 +10,7 @@ import pytest
 from tests.inputs import ROOT
 
 PACKAGE = "bisup_lightning"
-LEAVES = {"errors", "files"}
+LEAVES = {"errors", "files", "run_layout"}
 BELOW_CALIBRATE = {"quant", "model", "transform", "data", "evaluate", "hub"}
 MAY_IMPORT = {  # by part of the package; the leaves are open to all
     "quant": set(),
@@ -30,6 +30,7 @@ MAY_IMPORT = {  # by part of the package; the leaves are open to all
     "report": set(),
     "errors": set(),
     "files": set(),
+    "run_layout": set(),
     "__init__": {"hub"},
 }
 HUGGING_FACE_NAMES = {

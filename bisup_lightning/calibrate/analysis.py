@@ -11,8 +11,8 @@ from bisup_lightning.evaluate.errors import attention_maps, hidden_errors
 from bisup_lightning.files import write_json
 from bisup_lightning.hub.load import open_quantized
 from bisup_lightning.model.blockwise import BlockwiseModel
+from bisup_lightning.run_layout import ANALYSIS, MODEL
 
-ANALYSIS = "analysis.json"
 MAP_TOKENS = 32  # side of an attention map
 
 
@@ -33,7 +33,7 @@ def analyze_run(job: Job, chunks: int) -> dict[str, Any]:
     folder = plain.checkpoint.folder
     transformed = job.transform.checkpoint(plain.checkpoint, plain.family, job.device)
     fp = BlockwiseModel(folder, job.device, plain.dtype, checkpoint=transformed)
-    quantized = open_quantized(job.run_dir / "model", job.device)
+    quantized = open_quantized(job.run_dir / MODEL, job.device)
     prompt = job.prompt.ids(tokenizer, plain.family.config)
     sets = {"calibration": RunReader(job.run_dir).read_tokens()}
     sets |= evaluation_sets(job.evaluation, job.data.seq_len, job.seed, plain, tokenizer)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bisup_lightning.calibrate.driver import wanted_streams
 from bisup_lightning.calibrate.events import WalkCallback
 from bisup_lightning.calibrate.job import Job
 from bisup_lightning.data.streams import StreamLocation, choose_place, free_host_bytes
@@ -59,16 +60,14 @@ class Budget:
             model: The full-precision model.
             scheme: The quantizers.
         """
-        assert model.storage_dtype is not None
         family, data, item = model.family, job.data, compute_dtype(job, model).itemsize
         shapes = family.layer_shapes(0)
         stream = data.num_samples * data.seq_len * family.hidden_size * item // job.arrangement()[1]
-        wanted = "host" if job.streams == "auto" and job.memory == "low" else job.streams
         widest = max(shapes[f"{entry.linears[0]}.weight"][1] for entry in LINEAR_INPUTS)
         tables = 1 + (model.head_name != EMBEDDING)
         packed = pack_layer(family.empty_layer(0), scheme, family.config).state_dict()
         return cls(
-            place=choose_place(wanted, stream, job.device),
+            place=choose_place(wanted_streams(job.streams, job.memory), stream, job.device),
             stream=stream,
             block=sum(shape.numel() for shape in shapes.values()) * item,
             sequence=data.seq_len * widest * item,

@@ -171,9 +171,7 @@ class BlockWalk:
 
     def home(self, shape: torch.Size, dtype: torch.dtype) -> StreamStorage:
         """Where streams of that shape [N, T, D] live."""
-        wanted = self.streams
-        if wanted == "auto" and self.memory == "low":
-            wanted = "host"
+        wanted = wanted_streams(self.streams, self.memory)
         place = choose_place(wanted, shape.numel() * dtype.itemsize, self.model.device)
         return StreamStorage(place, self.model.device, self.store.run_dir)
 
@@ -444,6 +442,11 @@ class BlockWalk:
         for callback in self.callbacks:
             if isinstance(callback, WalkCallback):
                 getattr(callback, event)(self, *arguments)
+
+
+def wanted_streams(streams: Streams, memory: Memory) -> Streams:
+    """Where the streams shall live: as the setting says, or where saving device memory puts them."""
+    return "host" if streams == "auto" and memory == "low" else streams
 
 
 def _check_finite(target: Tensor, index: int) -> None:

@@ -12,12 +12,13 @@ from transformers import PreTrainedTokenizerBase
 from bisup_lightning.calibrate.block_trainer import BlockTrainer
 from bisup_lightning.calibrate.budget import GIB, Budget, check_room, compute_dtype, free_disk_bytes
 from bisup_lightning.calibrate.driver import BlockWalk, MakeTrainer
-from bisup_lightning.calibrate.fit import calibration_tokens, transform
-from bisup_lightning.calibrate.job import Job, check, compiles, fingerprint
-from bisup_lightning.calibrate.measure import check_vocabulary, evaluation_sets, open_checkpoint
+from bisup_lightning.calibrate.fit import calibration_tokens, compile_stance, make_walk, transformed_model
+from bisup_lightning.calibrate.job import Job, check, fingerprint
+from bisup_lightning.calibrate.measure import check_vocabulary, fetch_sets, open_checkpoint
+from bisup_lightning.calibrate.parallel import Parallel, Ranks
+from bisup_lightning.calibrate.run_reader import RunReader
 from bisup_lightning.calibrate.run_store import RunStore
 from bisup_lightning.data.streams import free_host_bytes
-from bisup_lightning.evaluate.zero_shot import fetch_tasks
 from bisup_lightning.model.blockwise import BlockwiseModel
 
 
@@ -73,31 +74,25 @@ def dry_run(job: Job) -> Forecast:
     prompt_ids = job.prompt.ids(tokenizer, plain.family.config)
     scheme = job.transform.scheme(job.precision)
     check(job, plain, scheme)
-    RunStore(job.run_dir).open(fingerprint(job, plain), job.resume, job.independent)  # refuses what `fit` would
+    RunReader(job.run_dir).open(fingerprint(job, plain), job.resume, job.independent)  # refuses what `fit` would
     check_texts(job, plain, tokenizer)
     budget = Budget.of(job, plain, scheme)
     check_room(budget, job.device, job.run_dir)
-    model = transform(job, plain, None)
+    model = transformed_model(job, plain, None)
     model.dtype = compute_dtype(job, model)
-    walk = BlockWalk(
-        model=model,
-        transform=job.transform,
-        scheme=scheme,
-        solver=job.solver,
-        store=RunStore(job.run_dir),
-        prompt_ids=prompt_ids,
-        batch_size=job.data.batch_size,
-        seed=job.seed,
+    rehearsal = replace(  # one process, which leaves nothing behind
+        job,
         callbacks=[],
         make_trainer=silent_trainers(job.device),
-        signals=job.signals,
-        memory=job.memory,
+        parallel=Parallel(),
+        ranks=Ranks(),
         streams="host" if budget.place == "file" else budget.place,
     )
+    walk = make_walk(rehearsal, model, scheme, RunStore(job.run_dir), prompt_ids)
     few = [min(batches * job.data.batch_size, job.data.num_samples) for batches in (1, 2)]
     generator = torch.Generator().manual_seed(0)
     tokens_NT = torch.randint(plain.family.vocab_size, (few[1], job.data.seq_len), generator=generator)
-    with walk, torch.compiler.set_stance("default" if compiles(job, plain) else "force_eager"):
+    with walk, compile_stance(job, plain):
         calibrate(walk, tokens_NT[: few[0]])  # warms up
         one, two = (calibrate(walk, tokens_NT[:count]) for count in few)
     more = (job.data.num_samples - few[0]) / max(few[1] - few[0], 1)  # of what the second batch took
@@ -120,8 +115,7 @@ def check_texts(job: Job, plain: BlockwiseModel, tokenizer: PreTrainedTokenizerB
         UserError: If some can't be had, or is too short.
     """
     sources = [source for source in job.evaluation.perplexity if source != "self"]
-    evaluation_sets(replace(job.evaluation, perplexity=sources), job.data.seq_len, job.seed, plain, tokenizer)
-    fetch_tasks(job.evaluation.zero_shot)
+    fetch_sets(replace(job.evaluation, perplexity=sources), job.data.seq_len, job.seed, plain, tokenizer)
     if job.data.calibration != "self":
         check_vocabulary(calibration_tokens(job, plain.checkpoint.folder, tokenizer), plain)
 

@@ -1,10 +1,11 @@
 """One run from checkpoint to artifact: check, walk, assemble, evaluate. Every step finds what an earlier try left."""
 
-import json
 import platform
 import resource
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,29 +18,42 @@ import bisup_lightning
 from bisup_lightning.calibrate.budget import Budget, check_room
 from bisup_lightning.calibrate.driver import BlockWalk
 from bisup_lightning.calibrate.job import Job, check, compiles, fingerprint
-from bisup_lightning.calibrate.measure import check_vocabulary, evaluation_sets, open_checkpoint, score_models
+from bisup_lightning.calibrate.measure import check_vocabulary, fetch_sets, measure, open_checkpoint
 from bisup_lightning.calibrate.parallel import (
     leave,
     parse_blocks,
     take_place,
 )
 from bisup_lightning.calibrate.run_lock import RunLock
-from bisup_lightning.calibrate.run_reader import METRICS, Progress
+from bisup_lightning.calibrate.run_reader import Progress
 from bisup_lightning.calibrate.run_store import RunStore
 from bisup_lightning.calibrate.wavefront import Independent, Wavefront
 from bisup_lightning.data import corpus
-from bisup_lightning.data.share import PeerLost
-from bisup_lightning.evaluate.perplexity import evaluate
-from bisup_lightning.evaluate.zero_shot import fetch_tasks
+from bisup_lightning.data.share import WHOLE, PeerLost, Share
 from bisup_lightning.hub.card import model_card
-from bisup_lightning.hub.load import open_quantized
 from bisup_lightning.hub.save import save_model
 from bisup_lightning.model.blockwise import BlockwiseModel
 from bisup_lightning.quant.spec import Scheme
+from bisup_lightning.run_layout import MODEL
 from bisup_lightning.transform.invariance import check_invariance
 
-BEGUN, WALKED, ENDED = "begun", "walked", "ended"  # what the processes of a run tell each other
-PARTING = 25.0  # seconds that a signal leaves the first process to save itself before the others end
+# What the processes of a run tell each other, by key of the store that they share. What is announced first under a key
+# holds, and is heard by those, too, who ask later (see `Ranks.announce`).
+#
+# BEGUN     By the first process. WALK: the run directory is ready, so that the others join and calibrate their part.
+#           NO_WALK: no block is left to calibrate, or it never came to that; the others, who have waited, end. `fit`
+#           announces it on every way out, which means nothing where there was a walk.
+# WALKED/r  By process r, when all that it wrote is in its manifest. The first one waits for each of the others before
+#           it takes their manifests over, publishes and measures; they end meanwhile.
+# ENDED     By the first process on every way out. Where a signal asks all processes to end, the others wait for it, for
+#           PARTING seconds at most: the first one may still be saving what they calibrate together.
+#
+# None of this tells that a process died. The launcher then ends the others, which may see it before by a broken
+# connection (PeerLost).
+BEGUN, WALKED, ENDED = "begun", "walked", "ended"
+WALK, NO_WALK = "walk", "ended"  # what is announced under BEGUN
+PARTING = 25.0  # seconds
+PROBE_TOKENS = 64  # of the calibration text, on which the transform and the published model are checked
 
 
 def fit(job: Job) -> dict[str, Any] | None:
@@ -60,7 +74,7 @@ def fit(job: Job) -> dict[str, Any] | None:
     try:
         return lead(job)
     finally:
-        job.ranks.announce(BEGUN, "ended")  # to those who still wait for it
+        job.ranks.announce(BEGUN, NO_WALK)  # to those who still wait for it
         job.ranks.announce(ENDED)
 
 
@@ -75,51 +89,89 @@ def lead(job: Job) -> dict[str, Any] | None:
     store = RunStore(job.run_dir)
     with RunLock(job.run_dir) as lock:
         progress = store.open(fingerprint(job, plain), job.resume, job.independent)
-        if progress.finished and progress.whole:
+        if progress.finished and progress.undamaged:
             store.clear()  # where the run was killed when it had just finished
             return store.results()
-
-        if progress.tokens_NT is None and not progress.metrics:  # a walk that begins
-            check_room(Budget.of(job, plain, scheme), job.device, job.run_dir)
-        # Before the work, so that a mistake in a text, a task or a model shows at once.
-        sets = evaluation_sets(job.evaluation, job.data.seq_len, job.seed, plain, tokenizer)
-        fetch_tasks(job.evaluation.zero_shot)
-        plain.head()
-        tokens_NT = progress.tokens_NT
-        if tokens_NT is None:
-            tokens_NT = calibration_tokens(job, plain.checkpoint.folder, tokenizer)
-            check_vocabulary(tokens_NT, plain)
-        probe_BT = tokens_NT[:1, :64]
-        transformed = transform(job, plain, None if progress.metrics else probe_BT)
+        prepared = prepare(job, plain, tokenizer, scheme, progress)
         lock.claim()
-        goes_on = not progress.finished and not progress.scattered.issuperset(wanted)
-        store.begin(job.config_yaml, tokens_NT)
+        store.begin(job.config_yaml, prepared.tokens_NT)
         if progress.finished:  # what was lost beside the results is made again, or not needed
             return store.results()
-        if goes_on:
-            job.ranks.announce(BEGUN, "walk")
-            walk(job, transformed, scheme, store, prompt_ids, tokens_NT, progress)
+        if not progress.finished_blocks.issuperset(wanted):
+            job.ranks.announce(BEGUN, WALK)
+            calibrate_blocks(job, prepared.transformed, scheme, store, prompt_ids, prepared.tokens_NT, progress)
             job.ranks.wait_for(f"{WALKED}/{rank}" for rank in range(1, job.ranks.world))
             store.collect()
-        job.ranks.announce(BEGUN, "ended")
+        job.ranks.announce(BEGUN, NO_WALK)
         leave()  # or the metrics would be taken for those of all processes
         if job.blocks is not None:
             return None
-        model = job.run_dir / "model"
         if not progress.published:
-            names = type(job.transform).__name__, type(job.solver).__name__
-            prompt = str(tokenizer.decode(prompt_ids))
-            card = model_card(job.checkpoint, plain.checkpoint.folder, scheme, *names, prompt)
-            save_model(model, transformed, store.block_digests(), scheme, prompt_ids, plain.dtype, probe_BT, card)
-            store.publish_model()
+            publish(job, plain, tokenizer, scheme, store, prompt_ids, prepared)
         print("measuring", flush=True)  # or a log would be silent until the table
-        quantized = open_quantized(model, job.device)
-        perplexity = evaluate(plain, quantized, sets, prompt_ids, job.evaluation.batch_size, tokenizer)
-        checkpoint = plain.checkpoint.folder
-        scores = score_models(checkpoint, model, tokenizer, prompt_ids, job.evaluation, plain.dtype, job.device)
-        sizes = {"checkpoint": size_on_disk(checkpoint), "model": size_on_disk(model)}
-        store.finish(results(job, store, perplexity, scores, sizes))
+        measured = measure(plain, job.run_dir / MODEL, tokenizer, prompt_ids, job.evaluation, prepared.sets)
+        store.finish(results(job, plain, store, measured))
     return store.results()
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What the first process has at hand before it writes anything.
+
+    Args:
+        sets: Token ids [N, T] of every set to measure on, by name.
+        tokens_NT: Token ids to calibrate on.
+        probe_BT: A few of them, to check the transform and the published model with.
+        transformed: The full-precision model behind its transform.
+    """
+
+    sets: Mapping[str, torch.Tensor]
+    tokens_NT: torch.Tensor
+    probe_BT: torch.Tensor
+    transformed: BlockwiseModel
+
+
+def prepare(
+    job: Job, plain: BlockwiseModel, tokenizer: PreTrainedTokenizerBase, scheme: Scheme, progress: Progress
+) -> Prepared:
+    """Get all that the run needs, before the work, so that a mistake in a text, a task or a model shows at once.
+
+    Raises:
+        UserError: If something can't be had or used, or a run that begins can't fit.
+    """
+    if progress.tokens_NT is None and not progress.metrics:  # a walk that begins
+        check_room(Budget.of(job, plain, scheme), job.device, job.run_dir)
+    sets = fetch_sets(job.evaluation, job.data.seq_len, job.seed, plain, tokenizer)
+    plain.head()
+    tokens_NT = progress.tokens_NT
+    if tokens_NT is None:
+        tokens_NT = calibration_tokens(job, plain.checkpoint.folder, tokenizer)
+        check_vocabulary(tokens_NT, plain)
+    probe_BT = tokens_NT[:1, :PROBE_TOKENS]
+    transformed = transformed_model(job, plain, None if progress.metrics else probe_BT)
+    return Prepared(sets, tokens_NT, probe_BT, transformed)
+
+
+def publish(
+    job: Job,
+    plain: BlockwiseModel,
+    tokenizer: PreTrainedTokenizerBase,
+    scheme: Scheme,
+    store: RunStore,
+    prompt_ids: list[int],
+    prepared: Prepared,
+) -> None:
+    """Put the model together from the finished blocks, audit it, and record that it is complete.
+
+    Raises:
+        AuditError: If it does not pass.
+    """
+    names = type(job.transform).__name__, type(job.solver).__name__
+    prompt = str(tokenizer.decode(prompt_ids))
+    card = model_card(job.checkpoint, plain.checkpoint.folder, scheme, *names, prompt)
+    model, blocks = job.run_dir / MODEL, store.block_digests()
+    save_model(model, prepared.transformed, blocks, scheme, prompt_ids, plain.dtype, prepared.probe_BT, card)
+    store.publish_model()
 
 
 def follow(job: Job) -> None:
@@ -128,7 +180,7 @@ def follow(job: Job) -> None:
     job.signals.follow(lambda: ranks.wait_for([ENDED], PARTING))
     try:
         ranks.wait_for([BEGUN])
-        if ranks.announced(BEGUN) != "walk":
+        if ranks.announced(BEGUN) != WALK:
             return
     except PeerLost:  # the first one had nothing to do, or has told what is wrong
         return
@@ -139,12 +191,13 @@ def follow(job: Job) -> None:
     tokens_NT = progress.tokens_NT
     assert tokens_NT is not None
     scheme = job.transform.scheme(job.precision)
-    walk(job, transform(job, plain, None), scheme, store, prompt_ids, tokens_NT, progress)
+    model = transformed_model(job, plain, None)
+    calibrate_blocks(job, model, scheme, store, prompt_ids, tokens_NT, progress)
     ranks.announce(f"{WALKED}/{ranks.rank}")
     leave()
 
 
-def transform(job: Job, plain: BlockwiseModel, probe_BT: torch.Tensor | None) -> BlockwiseModel:
+def transformed_model(job: Job, plain: BlockwiseModel, probe_BT: torch.Tensor | None) -> BlockwiseModel:
     """The full-precision model behind its transform.
 
     Args:
@@ -166,7 +219,7 @@ def transform(job: Job, plain: BlockwiseModel, probe_BT: torch.Tensor | None) ->
     return BlockwiseModel(folder, job.device, checkpoint=transformed, fused_attention=job.device.type == "cuda")
 
 
-def walk(
+def calibrate_blocks(
     job: Job,
     model: BlockwiseModel,
     scheme: Scheme,
@@ -178,7 +231,42 @@ def walk(
     """Calibrate the blocks that are left, or this process's part of them."""
     stages, members = job.arrangement()
     place = take_place(job.ranks, stages, members, job.device)
-    block_walk = BlockWalk(
+    walk = make_walk(job, model, scheme, store, prompt_ids, place.share)
+    walk.partials = progress.partials
+    # Resuming passes through finished blocks, which must give what they gave when they were finished.
+    with walk, compile_stance(job, model):
+        if job.independent or place.stage > 0:
+            walk.begin(tokens_NT)
+        else:
+            walk.resume(tokens_NT, progress)
+        if job.independent:
+            wanted = parse_blocks(job.blocks, model.num_layers)
+            walk.relay = Independent(wanted, progress.finished_blocks, place, walk.inputs.fp, walk.prompt_1PD)
+        elif stages > 1:
+            left = range(len(progress.metrics), model.num_layers)
+            walk.relay = Wavefront(left, place, walk.inputs.fp, walk.prompt_1PD)
+        walk.run()
+
+
+def make_walk(
+    job: Job,
+    model: BlockwiseModel,
+    scheme: Scheme,
+    store: RunStore,
+    prompt_ids: Sequence[int],
+    share: Share = WHOLE,
+) -> BlockWalk:
+    """The walk over a model's blocks that a job asks for.
+
+    Args:
+        job: What was asked for.
+        model: The full-precision model behind its transform.
+        scheme: The quantizers.
+        store: Where finished blocks go.
+        prompt_ids: Token ids of the prompt.
+        share: The part of the text that this process holds.
+    """
+    return BlockWalk(
         model=model,
         transform=job.transform,
         scheme=scheme,
@@ -191,27 +279,16 @@ def walk(
         make_trainer=job.make_trainer,
         signals=job.signals,
         ranks=job.ranks,
-        share=place.share,
+        share=share,
         independent=job.independent,
         memory=job.memory,
         streams=job.streams,
     )
-    block_walk.partials = progress.partials
-    # Resuming passes through finished blocks, which must give what they gave when they were finished.
-    with block_walk, torch.compiler.set_stance("default" if compiles(job, model) else "force_eager"):
-        if job.independent or place.stage > 0:
-            block_walk.begin(tokens_NT)
-        else:
-            block_walk.resume(tokens_NT, progress)
-        if job.independent:
-            wanted = parse_blocks(job.blocks, model.num_layers)
-            block_walk.relay = Independent(
-                wanted, progress.scattered, place, block_walk.inputs.fp, block_walk.prompt_1PD
-            )
-        elif stages > 1:
-            left = range(len(progress.metrics), model.num_layers)
-            block_walk.relay = Wavefront(left, place, block_walk.inputs.fp, block_walk.prompt_1PD)
-        block_walk.run()
+
+
+def compile_stance(job: Job, model: BlockwiseModel) -> AbstractContextManager[Any]:
+    """Lets blocks be compiled where a job wants that, and nowhere else, from this call to the end of its `with`."""
+    return torch.compiler.set_stance("default" if compiles(job, model) else "force_eager")
 
 
 def calibration_tokens(job: Job, folder: Path, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
@@ -227,19 +304,26 @@ def size_on_disk(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def results(
-    job: Job, store: RunStore, perplexity: Mapping[str, Any], zero_shot: Mapping[str, Any], sizes: Mapping[str, int]
-) -> dict[str, Any]:
-    """The content of results.json."""
-    blocks = [json.loads(path.with_name(METRICS).read_text(encoding="utf-8")) for path in store.block_digests()]
+def results(job: Job, plain: BlockwiseModel, store: RunStore, measured: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of results.json.
+
+    Args:
+        job: What was asked for.
+        plain: The full-precision model.
+        store: The run directory, with all blocks and the model.
+        measured: What the model is worth, from `measure`.
+    """
+    blocks = [store.read_metrics(index) for index in range(len(store.block_digests()))]
     seconds = sum(block["seconds"] for block in blocks)
     tokens = job.data.num_samples * job.data.seq_len * len(blocks)
     on_gpu = job.device.type == "cuda"
     return {
         "checkpoint": job.checkpoint,
-        "perplexity": perplexity,
-        "zero_shot": zero_shot,
-        "bytes": dict(sizes),
+        **measured,
+        "bytes": {
+            "checkpoint": size_on_disk(plain.checkpoint.folder),
+            "model": size_on_disk(job.run_dir / MODEL),
+        },
         "blocks": blocks,
         "seconds": seconds,
         "tokens_per_second": tokens / seconds,

@@ -12,7 +12,7 @@ import bisup_lightning
 from bisup_lightning.calibrate.driver import MakeTrainer, Memory
 from bisup_lightning.calibrate.events import WalkCallback
 from bisup_lightning.calibrate.parallel import Parallel, Ranks
-from bisup_lightning.calibrate.run_reader import THETA, Resume, RunReader
+from bisup_lightning.calibrate.run_reader import Resume, RunReader
 from bisup_lightning.calibrate.signals import Signals
 from bisup_lightning.calibrate.solvers import BiSup, Solver
 from bisup_lightning.data import corpus
@@ -27,6 +27,7 @@ from bisup_lightning.model.block import check_scheme
 from bisup_lightning.model.blockwise import BlockwiseModel
 from bisup_lightning.model.family import LINEAR_INPUTS
 from bisup_lightning.quant.spec import Precision, Scheme
+from bisup_lightning.run_layout import THETA
 from bisup_lightning.transform.transform import Transform
 
 Compile = Literal["auto", "always", "never"]

@@ -1,6 +1,6 @@
 """What a model is worth: perplexity and zero-shot scores of checkpoints and finished runs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from bisup_lightning.calibrate.job import Job, checkpoint_digests
-from bisup_lightning.calibrate.run_store import RunStore
+from bisup_lightning.calibrate.run_reader import RunReader
 from bisup_lightning.data import corpus
 from bisup_lightning.data.prompt import Prompt
 from bisup_lightning.errors import UserError
@@ -19,11 +19,11 @@ from bisup_lightning.evaluate.zero_shot import check_zero_shot, devices_for, fet
 from bisup_lightning.hub.load import load_behind_prompt, load_quantized, open_quantized
 from bisup_lightning.model.blockwise import BlockwiseModel
 from bisup_lightning.model.checkpoint import resolve
+from bisup_lightning.run_layout import MODEL
 
 
 def evaluation_dtype(fp: BlockwiseModel) -> torch.dtype:
     """What models compute in when measured and when loaded: the checkpoint's own dtype, or float32 on a CPU."""
-    assert fp.storage_dtype is not None
     return torch.float32 if fp.device.type == "cpu" else fp.storage_dtype
 
 
@@ -40,6 +40,18 @@ def open_checkpoint(checkpoint: str, device: torch.device) -> tuple[BlockwiseMod
         return fp, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # whatever a damaged file makes the library stumble over
         raise UserError(f"checkpoint: {folder} has no tokenizer that can be read: {error}") from error
+
+
+def fetch_sets(
+    wanted: Evaluation, default_length: int, seed: int, fp: BlockwiseModel, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, torch.Tensor]:
+    """Get all that `measure` needs: the documents of zero-shot tasks into the cache, and the sets of `evaluation_sets`.
+
+    Raises:
+        UserError: If something can't be had, or is too short.
+    """
+    fetch_tasks(wanted.zero_shot)
+    return evaluation_sets(wanted, default_length, seed, fp, tokenizer)
 
 
 def evaluation_sets(
@@ -81,10 +93,10 @@ def read_results(run_dir: Path) -> dict[str, Any]:
     Raises:
         UserError: If there are none, or the run is damaged.
     """
-    store = RunStore(run_dir)
-    store.open_finished()
-    store.check_whole()
-    return store.results()
+    run = RunReader(run_dir)
+    run.open_finished()
+    run.check_whole()
+    return run.results()
 
 
 def published_model(run_dir: Path) -> Path:
@@ -93,10 +105,10 @@ def published_model(run_dir: Path) -> Path:
     Raises:
         UserError: If there is none, or the run is damaged.
     """
-    store = RunStore(run_dir)
-    store.open_published()
-    store.check_whole()
-    return run_dir / "model"
+    run = RunReader(run_dir)
+    run.open_published()
+    run.check_whole()
+    return run_dir / MODEL
 
 
 def open_original(job: Job) -> tuple[BlockwiseModel, PreTrainedTokenizerBase]:
@@ -106,10 +118,10 @@ def open_original(job: Job) -> tuple[BlockwiseModel, PreTrainedTokenizerBase]:
         UserError: If that is another by now.
     """
     fp, tokenizer = open_checkpoint(job.checkpoint, job.device)
-    store = RunStore(job.run_dir)
-    store.open_published()
+    run = RunReader(job.run_dir)
+    run.open_published()
     for name, digest in checkpoint_digests(fp).items():
-        if store.fingerprint.get(name) != digest:
+        if run.fingerprint.get(name) != digest:
             path = fp.checkpoint.folder / Path(name).name
             raise UserError(f"checkpoint: {path} is not what {job.run_dir} was made of; put that back, or run fit anew")
     return fp, tokenizer
@@ -121,17 +133,11 @@ def evaluate_run(job: Job) -> dict[str, Any]:
     Raises:
         UserError: If its checkpoint is another by now, or something can't be measured.
     """
-    check_zero_shot(job.evaluation, job.device)
-    fetch_tasks(job.evaluation.zero_shot)
+    check_zero_shot(job.evaluation, job.device)  # before the checkpoint is hashed
     fp, tokenizer = open_original(job)
-    sets = evaluation_sets(job.evaluation, job.data.seq_len, job.seed, fp, tokenizer)
-    model, prompt = job.run_dir / "model", job.prompt.ids(tokenizer, fp.family.config)
-    quantized = open_quantized(model, job.device)
-    folder = fp.checkpoint.folder
-    return {
-        "perplexity": evaluate(fp, quantized, sets, prompt, job.evaluation.batch_size, tokenizer),
-        "zero_shot": score_models(folder, model, tokenizer, prompt, job.evaluation, fp.dtype, job.device),
-    }
+    sets = fetch_sets(job.evaluation, job.data.seq_len, job.seed, fp, tokenizer)
+    prompt_ids = job.prompt.ids(tokenizer, fp.family.config)
+    return measure(fp, job.run_dir / MODEL, tokenizer, prompt_ids, job.evaluation, sets)
 
 
 def evaluate_checkpoint(
@@ -146,12 +152,33 @@ def evaluate_checkpoint(
     if not evaluation.perplexity and not evaluation.zero_shot:
         raise UserError("evaluation.perplexity: name at least one set, such as '[wikitext2]', or evaluation.zero_shot")
     check_zero_shot(evaluation, device)
-    fetch_tasks(evaluation.zero_shot)
-    sets = evaluation_sets(evaluation, 2048, seed, fp, tokenizer)
-    ids = prompt.ids(tokenizer, fp.family.config)
+    sets = fetch_sets(evaluation, 2048, seed, fp, tokenizer)
+    return measure(fp, None, tokenizer, prompt.ids(tokenizer, fp.family.config), evaluation, sets)
+
+
+def measure(
+    fp: BlockwiseModel,
+    quantized: Path | None,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: Sequence[int],
+    evaluation: Evaluation,
+    sets: Mapping[str, torch.Tensor],
+) -> dict[str, Any]:
+    """Measure a full-precision model and what a run made of it: `perplexity` and `zero_shot` of results.json.
+
+    Args:
+        fp: The full-precision model, measured plain and behind the prompt.
+        quantized: A run's `model/`, which has its own prompt; None for none.
+        tokenizer: Of both.
+        prompt_ids: Token ids of the prompt.
+        evaluation: What is measured.
+        sets: Its sets, from `fetch_sets`.
+    """
+    model = None if quantized is None else open_quantized(quantized, fp.device)
+    folder = fp.checkpoint.folder
     return {
-        "perplexity": evaluate(fp, None, sets, ids, evaluation.batch_size, tokenizer),
-        "zero_shot": score_models(fp.checkpoint.folder, None, tokenizer, ids, evaluation, fp.dtype, device),
+        "perplexity": evaluate(fp, model, sets, prompt_ids, evaluation.batch_size, tokenizer),
+        "zero_shot": score_models(folder, quantized, tokenizer, prompt_ids, evaluation, fp.dtype, fp.device),
     }
 
 

@@ -9,7 +9,7 @@ from bisup_lightning.calibrate.fit import fit
 from bisup_lightning.calibrate.job import Job
 from bisup_lightning.calibrate.measure import open_checkpoint
 from bisup_lightning.calibrate.run_lock import RunLock
-from bisup_lightning.calibrate.run_reader import changes
+from bisup_lightning.calibrate.run_reader import RunReader, changes
 from bisup_lightning.calibrate.run_store import RunStore
 from bisup_lightning.errors import UserError
 
@@ -27,21 +27,21 @@ def merge(runs: Sequence[Path], job: Job) -> dict[str, Any] | None:
     Raises:
         UserError: If they do not belong together, or a block is missing.
     """
-    source: dict[int, RunStore] = {}
+    source: dict[int, RunReader] = {}
     fingerprint: Mapping[str, Any] = {}
     tokens_NT = None
     for run in runs:
-        store = RunStore(run)
-        progress = store.join(independent=True)
-        if store.fingerprint.get("parallel.mode") != "independent":
+        reader = RunReader(run)
+        progress = reader.join(independent=True)
+        if reader.fingerprint.get("parallel.mode") != "independent":
             raise UserError(
                 f"merge: the blocks of {run} depend on each other; run fit with --parallel.mode independent"
             )
-        fingerprint = fingerprint or store.fingerprint
-        if keys := changes(fingerprint, store.fingerprint)[0]:
+        fingerprint = fingerprint or reader.fingerprint
+        if keys := changes(fingerprint, reader.fingerprint)[0]:
             raise UserError(f"merge: {run} differs from {runs[0]} in {', '.join(keys)}; they do not belong together")
         tokens_NT = progress.tokens_NT if tokens_NT is None else tokens_NT
-        source |= dict.fromkeys(progress.scattered, store)
+        source |= dict.fromkeys(progress.finished_blocks, reader)
     plain, _ = open_checkpoint(job.checkpoint, job.device)
     if missing := sorted(set(range(plain.num_layers)) - source.keys()):
         raise UserError(f"merge: no run has block {missing[0]}{f' and {len(missing) - 1} more' * (len(missing) > 1)}")
@@ -49,11 +49,11 @@ def merge(runs: Sequence[Path], job: Job) -> dict[str, Any] | None:
         raise UserError(f"merge: {runs[0]} has lost its calibration text; run its fit again, which mends it")
     merged = RunStore(job.run_dir)
     with RunLock(job.run_dir) as lock:
-        there = merged.open(fingerprint, independent=True).scattered
+        there = merged.open(fingerprint, independent=True).finished_blocks
         lock.claim()
         merged.begin(job.config_yaml, tokens_NT)
-        for index, store in sorted(source.items()):
+        for index, reader in sorted(source.items()):
             if index not in there:
-                block, metrics, theta = store.read_block(index), store.read_metrics(index), store.read_theta(index)
+                block, metrics, theta = reader.read_block(index), reader.read_metrics(index), reader.read_theta(index)
                 merged.save_block(index, block, metrics, theta=theta)
     return fit(replace(job, blocks=None))

@@ -11,8 +11,8 @@ from pathlib import Path
 from types import TracebackType
 
 from bisup_lightning.errors import UserError
+from bisup_lightning.run_layout import OWNER
 
-OWNER = "owner.json"
 HEARTBEAT = 10.0  # seconds between two signs of life
 SILENCE = 60.0  # seconds without one, after which an owner on another host counts as dead
 

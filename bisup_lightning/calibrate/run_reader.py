@@ -8,11 +8,10 @@ import hashlib
 import json
 import logging
 import os
-import re
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -22,13 +21,22 @@ from torch import Tensor
 
 from bisup_lightning.errors import UserError, first_line
 from bisup_lightning.files import sha256
-
-MANIFEST, CONFIG, RESULTS, TOKENS = "manifest.json", "config.yaml", "results.json", "tokens.safetensors"
-BLOCK, METRICS, THETA = "block.safetensors", "metrics.json", "theta.safetensors"
-FOLDERS = ("blocks", "streams", "partial", "model")
-NAMES = re.compile(  # all that a manifest may speak of
-    r"config\.yaml|results\.json|tokens\.safetensors|blocks/\d{5}/((block|theta)\.safetensors|metrics\.json)"
-    r"|streams/\d{5}\.safetensors|partial/\d{5}-\d+-\d+\.ckpt|model/(?!\.\.?$)[^/]+"
+from bisup_lightning.run_layout import (
+    BLOCK,
+    CONFIG,
+    FOLDERS,
+    MANIFEST,
+    METRICS,
+    OWNER,
+    RANK_MANIFESTS,
+    RESULTS,
+    THETA,
+    TOKENS,
+    block_file,
+    manifest_file,
+    of_kind,
+    parse,
+    streams_file,
 )
 
 Resume = Literal["auto", "never", "must"]
@@ -61,8 +69,9 @@ class Progress:
         partials: Where the training of unfinished blocks stopped, as far as it was saved.
         published: Whether `model/` is complete.
         finished: Whether the results are there, too.
-        whole: Whether nothing that the run once wrote is lost.
-        scattered: All finished blocks, if they do not depend on each other.
+        undamaged: Whether nothing that the run once wrote is lost.
+        finished_blocks: Those that count: all before the first that is missing, and where blocks do not depend on each
+            other, those behind it, too.
     """
 
     metrics: list[dict[str, Any]]
@@ -71,8 +80,8 @@ class Progress:
     partials: Mapping[int, Partial]
     published: bool
     finished: bool
-    whole: bool
-    scattered: frozenset[int] = frozenset()
+    undamaged: bool
+    finished_blocks: frozenset[int] = frozenset()
 
 
 class RunReader:
@@ -86,7 +95,7 @@ class RunReader:
 
     def __init__(self, run_dir: Path, rank: int = 0) -> None:
         self.run_dir = run_dir
-        self.manifest = f"manifest-{rank:05d}.json" if rank else MANIFEST
+        self.manifest = manifest_file(rank)
         self.files: dict[str, str] = {}  # SHA-256 by relative path
         self.fingerprint: dict[str, Any] = {}
 
@@ -107,7 +116,7 @@ class RunReader:
             if resume == "must":
                 raise UserError(f"resume: {self.run_dir} holds no run to go on with; drop --resume must to begin one")
             self.check_blank()
-            return Progress([], None, 0, {}, published=False, finished=False, whole=True)
+            return Progress([], None, 0, {}, published=False, finished=False, undamaged=True)
         if resume == "never":
             raise UserError(f"resume: {self.run_dir} holds a run already; name a new run_dir, or drop --resume never")
         recorded, self.files = self._read_manifest()
@@ -152,7 +161,7 @@ class RunReader:
         if not (self.run_dir / MANIFEST).is_file():
             raise UserError(f"{self.run_dir} holds no run (no {MANIFEST}); run fit with this run_dir first")
         self.fingerprint, self.files = self._read_manifest()
-        if not any(name.startswith("model/") for name in self.files):
+        if not of_kind("model", self.files):
             raise UserError(f"{self.run_dir} holds no finished run (no model); run fit again, which goes on")
 
     def check_whole(self, part: str = "", remedy: str = "run fit again, which mends it") -> None:
@@ -162,7 +171,7 @@ class RunReader:
             UserError: Naming what is.
         """
         for name, digest in self.files.items():
-            if name.endswith(part) and not self._is_whole(name, digest):
+            if name.endswith(part) and not self._is_undamaged(name, digest):
                 raise UserError(f"{self.run_dir / name} is missing or damaged; {remedy}")
 
     def check_blank(self) -> None:
@@ -171,7 +180,7 @@ class RunReader:
         Raises:
             UserError: Naming it.
         """
-        beginnings = (CONFIG, TOKENS, "owner.json")
+        beginnings = (CONFIG, TOKENS, OWNER)
         if self.run_dir.exists() and not (
             self.run_dir.is_dir()
             and all(path.name in beginnings or path.suffix == ".tmp" for path in self.run_dir.iterdir())
@@ -180,7 +189,7 @@ class RunReader:
 
     def _take_over(self) -> list[Path]:
         """Count the files that the other processes recorded; their manifests."""
-        others = sorted(self.run_dir.glob("manifest-*.json"))
+        others = sorted(self.run_dir.glob(RANK_MANIFESTS))
         for path in others:
             recorded, files = self._read_manifest(path.name)
             self._refuse_difference(recorded, self.fingerprint)
@@ -196,7 +205,7 @@ class RunReader:
                 raise ValueError("its own SHA-256 does not fit")
             here = os.path.realpath(self.run_dir)
             for name in [*files, *FOLDERS]:
-                if name in files and not NAMES.fullmatch(name):
+                if name in files and parse(name) is None:
                     raise ValueError(f"it names {name}, which no run writes")
                 if os.path.realpath(self.run_dir / name) != os.path.join(here, name):
                     raise ValueError(f"{name} is a link that leads elsewhere")
@@ -216,84 +225,113 @@ class RunReader:
             raise UserError(f"run_dir: {self.run_dir} holds a run that differs in {differences}; {remedy}")
 
     def _survey(self, independent: bool) -> Progress:
-        """What of the named files is whole, and how far that reaches. The rest is forgotten."""
+        """What of the named files is undamaged, and how far that reaches. The rest is forgotten."""
         try:
             return self._survey_files(independent)
         except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"run_dir: {self.run_dir} holds what no run writes ({error})") from error
 
     def _survey_files(self, independent: bool) -> Progress:
-        whole = {name for name, digest in self.files.items() if self._is_whole(name, digest)}
-        if lost := sorted(self.files.keys() - whole):
-            what = f"{self.run_dir / lost[0]} is missing or damaged" + (f", and {len(lost) - 1} more" * (len(lost) > 1))
-            log.warning(f"run_dir: {what}; making again what is still needed")
-        model = {name for name in self.files if name.startswith("model/")}
-        published = bool(model) and model <= whole
-        finished = published and RESULTS in whole
-        blocks = 0
-        parts = {index: {f"blocks/{index:05d}/{name}" for name in (BLOCK, METRICS)} for index in map(block_of, whole)}
-        thetas = {name for name in self.files if name.endswith(THETA)}  # a block that had one is lost with it
-        scattered = {
-            index for index, names in parts.items() if names | thetas & {f"blocks/{index:05d}/{THETA}"} <= whole
-        }
-        while blocks in scattered:
-            blocks += 1
-        metrics = [self.read_metrics(index) for index in range(blocks)]
-        if [block["index"] for block in metrics] != list(range(blocks)):
-            raise ValueError("figures of other blocks")
-        streams_at = max((_number(name) for name in whole if name.startswith("streams/")), default=0)
-        streams_at = streams_at if streams_at <= blocks else 0
-        if streams_at:
-            with safe_open(self.run_dir / self._streams_name(streams_at), framework="pt") as streams:
-                if set(streams.keys()) != {"x_fp", "x_q", "prompt"}:
-                    raise ValueError("other streams")
-        kept = scattered if independent else range(blocks)
-        # Of a lost block on, all is made anew, as what follows was calibrated behind it; a finished model stays.
-        keep = {CONFIG, TOKENS, self._streams_name(streams_at)} | (model if published else set())
-        keep |= {f"blocks/{index:05d}/{name}" for index in kept for name in (BLOCK, METRICS, THETA)}
-        partials = {name for name in whole if name.startswith("partial/") and _partial_of(name)[0] not in kept}
-        keep |= partials
-        keep = whole | thetas if finished else whole & keep  # who wants to go on from a lost Θ shall hear of it
+        undamaged = self._undamaged_files()
+        model = of_kind("model", self.files).keys()
+        published = bool(model) and model <= undamaged
+        finished = published and RESULTS in undamaged
+        complete = self._complete_blocks(undamaged)
+        metrics = self._metrics_in_order(complete)
+        finished_blocks = frozenset(complete if independent else range(len(metrics)))
+        streams_at = self._latest_streams(undamaged, len(metrics))
+        partials = {n for n, file in of_kind("partial", undamaged).items() if file.index not in finished_blocks}
+        if finished:  # all stays; who wants to go on from a lost Θ shall hear of it
+            keep = undamaged | of_kind("theta", self.files).keys()
+        else:
+            # Of a lost block on, all is made anew, as what follows was calibrated behind it; a finished model stays.
+            keep = {CONFIG, TOKENS, streams_file(streams_at), *partials, *(model if published else ())}
+            keep |= {block_file(index, part) for index in finished_blocks for part in (BLOCK, METRICS, THETA)}
+            keep &= undamaged
+        is_undamaged = undamaged == self.files.keys()
         self.files = {name: digest for name, digest in self.files.items() if name in keep}
         return Progress(
             metrics=metrics,
-            tokens_NT=self.read_tokens() if TOKENS in keep else None,
+            tokens_NT=self.read_tokens() if TOKENS in undamaged else None,
             streams_at=streams_at,
-            partials={index: partial for name in sorted(partials) for index, partial in self._partial(name)},
+            partials=self._readable_partials(partials),
             published=published,
             finished=finished,
-            whole=not lost,
-            scattered=frozenset(kept),
+            undamaged=is_undamaged,
+            finished_blocks=finished_blocks,
         )
 
-    def _is_whole(self, name: str, digest: str) -> bool:
+    def _undamaged_files(self) -> set[str]:
+        """Those of the named files that are what the manifest says; warns of the others."""
+        undamaged = {name for name, digest in self.files.items() if self._is_undamaged(name, digest)}
+        if lost := sorted(self.files.keys() - undamaged):
+            what = f"{self.run_dir / lost[0]} is missing or damaged" + (f", and {len(lost) - 1} more" * (len(lost) > 1))
+            log.warning(f"run_dir: {what}; making again what is still needed")
+        return undamaged
+
+    def _is_undamaged(self, name: str, digest: str) -> bool:
         path = self.run_dir / name
         return path.is_file() and sha256(path) == digest
 
+    def _complete_blocks(self, undamaged: Set[str]) -> set[int]:
+        """The blocks of which nothing is lost, wherever they are; one that had a Θ is lost with it."""
+        complete = set()
+        for index in {file.index for file in of_kind("block", undamaged).values()}:
+            needed = {block_file(index, BLOCK), block_file(index, METRICS)}
+            if needed | ({block_file(index, THETA)} & self.files.keys()) <= undamaged:
+                complete.add(index)
+        return complete
+
+    def _metrics_in_order(self, complete: Set[int]) -> list[dict[str, Any]]:
+        """Figures of the blocks from the first on, up to one that is not complete.
+
+        Raises:
+            ValueError: If some are not those of their block.
+        """
+        metrics: list[dict[str, Any]] = []
+        while len(metrics) in complete:
+            metrics.append(self.read_metrics(len(metrics)))
+        if [block["index"] for block in metrics] != list(range(len(metrics))):
+            raise ValueError("figures of other blocks")
+        return metrics
+
+    def _latest_streams(self, undamaged: Set[str], blocks: int) -> int:
+        """Behind how many blocks the streams were saved last; 0 for never, or if not all of these are there.
+
+        Raises:
+            ValueError: If they are other streams than a run has.
+        """
+        streams_at = max((file.index for file in of_kind("streams", undamaged).values()), default=0)
+        if not 0 < streams_at <= blocks:
+            return 0
+        with safe_open(self.run_dir / streams_file(streams_at), framework="pt") as streams:
+            if set(streams.keys()) != {"x_fp", "x_q", "prompt"}:
+                raise ValueError("other streams")
+        return streams_at
+
+    def _readable_partials(self, names: Iterable[str]) -> dict[int, Partial]:
+        """The named checkpoints, by block; without those that are pickles that would run code."""
+        partials = {}
+        for name, file in sorted(of_kind("partial", names).items()):
+            path = self.run_dir / name
+            try:
+                torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            except Exception as error:  # whatever a foreign file makes the library stumble over
+                log.warning(f"run_dir: {path} is no checkpoint that can be read ({first_line(error)}); not used")
+            else:
+                partials[file.index] = Partial(file.index, file.attempt, path)
+        return partials
+
     def _text(self, name: str) -> str:
         return (self.run_dir / name).read_text(encoding="utf-8")
-
-    def _partial(self, name: str) -> Iterator[tuple[int, Partial]]:
-        """The block that a checkpoint belongs to, and the checkpoint; nothing if it is a pickle that would run code."""
-        path, (index, attempt) = self.run_dir / name, _partial_of(name)
-        try:
-            torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        except Exception as error:  # whatever a foreign file makes the library stumble over
-            log.warning(f"run_dir: {path} is no checkpoint that can be read ({first_line(error)}); not used")
-        else:
-            yield index, Partial(index, attempt, path)
 
     def results(self) -> dict[str, Any]:
         """The content of results.json."""
         return json.loads(self._text(RESULTS))
 
-    def block_file(self, index: int) -> Path:
-        """The tensors of finished block `index`."""
-        return self.run_dir / "blocks" / f"{index:05d}" / BLOCK
-
     def read_block(self, index: int) -> dict[str, Tensor]:
-        """Those tensors, by full name."""
-        return load_file(self.block_file(index))
+        """The tensors of finished block `index`, by full name."""
+        return load_file(self.run_dir / block_file(index, BLOCK))
 
     def read_tokens(self) -> Tensor:
         """The calibration text, token ids [N, T]."""
@@ -301,29 +339,24 @@ class RunReader:
 
     def read_streams(self, blocks: int) -> dict[str, Tensor]:
         """Both streams and the prompt's hidden states behind the first `blocks` blocks."""
-        return load_file(self.run_dir / self._streams_name(blocks))
+        return load_file(self.run_dir / streams_file(blocks))
 
     def read_theta(self, index: int) -> dict[str, Tensor] | None:
-        """What was learned in it, by name in the block; None if it kept its start, or Θ was not kept."""
-        path = self.block_file(index).with_name(THETA)
+        """What was learned in a block, by name in it; None if it kept its start, or Θ was not kept."""
+        path = self.run_dir / block_file(index, THETA)
         return load_file(path) if path.is_file() else None
 
     def read_metrics(self, index: int) -> dict[str, Any]:
-        """Its figures."""
-        return json.loads(self._text(f"blocks/{index:05d}/{METRICS}"))
+        """The figures of a block."""
+        return json.loads(self._text(block_file(index, METRICS)))
 
     def block_digests(self) -> dict[Path, str]:
         """SHA-256 of every finished block's tensors, by file, in order."""
         digests, index = {}, 0
-        while (name := f"blocks/{index:05d}/{BLOCK}") in self.files:
+        while (name := block_file(index, BLOCK)) in self.files:
             digests[self.run_dir / name] = self.files[name]
             index += 1
         return digests
-
-    @staticmethod
-    def _streams_name(blocks: int) -> str:
-        """Where the streams behind the first `blocks` blocks lie."""
-        return f"streams/{blocks:05d}.safetensors"
 
 
 def changes(recorded: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> tuple[list[str], list[str]]:
@@ -334,22 +367,6 @@ def changes(recorded: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> tupl
         if recorded.get(key) != fingerprint.get(key):
             parts[key.startswith("evaluation.") or (key.startswith("text/") and key != text)].append(key)
     return parts
-
-
-def block_of(name: str) -> int:
-    """The block that a file belongs to; −1 for none."""
-    path = PurePosixPath(name)
-    return int(path.parent.name) if path.parts[0] == "blocks" else -1
-
-
-def _partial_of(name: str) -> tuple[int, int]:
-    """Block and attempt of a checkpoint."""
-    index, attempt, _ = map(int, PurePosixPath(name).stem.split("-"))
-    return index, attempt
-
-
-def _number(name: str) -> int:
-    return int(PurePosixPath(name).stem)
 
 
 def digest_of(fingerprint: Mapping[str, Any], files: Mapping[str, str]) -> str:

@@ -8,18 +8,25 @@ from typing import Any
 
 from torch import Tensor
 
-from bisup_lightning.calibrate.run_reader import (
+from bisup_lightning.calibrate.run_reader import RunReader, digest_of
+from bisup_lightning.files import publish, replacing, sha256, sync, write_json, write_tensors, write_text
+from bisup_lightning.run_layout import (
     BLOCK,
     CONFIG,
     FOLDERS,
     METRICS,
+    MODEL,
+    PARTIAL,
+    RANK_MANIFESTS,
     RESULTS,
+    STREAMS,
     THETA,
     TOKENS,
-    RunReader,
-    digest_of,
+    block_folder,
+    partial_file,
+    partial_prefix,
+    streams_file,
 )
-from bisup_lightning.files import publish, replacing, sha256, sync, write_json, write_tensors, write_text
 
 
 class RunStore(RunReader):
@@ -37,7 +44,7 @@ class RunStore(RunReader):
                         path.rmdir()
                 elif path.relative_to(self.run_dir).as_posix() not in self.files:
                     path.unlink()
-        others = list(self.run_dir.glob("manifest-*.json"))
+        others = list(self.run_dir.glob(RANK_MANIFESTS))
         with self._recording() as files:
             if CONFIG not in files:
                 write_text(self.run_dir / CONFIG, config_yaml)
@@ -67,9 +74,9 @@ class RunStore(RunReader):
         Raises:
             OSError: If something can't be written; what was saved before still counts.
         """
-        name = f"partial/{index:05d}-{attempt}-{step:06d}.ckpt"
+        name = partial_file(index, attempt, step)
         (self.run_dir / name).parent.mkdir(exist_ok=True)
-        with self._recording(f"partial/{index:05d}-") as files:
+        with self._recording(partial_prefix(index)) as files:
             with replacing(self.run_dir / name) as temporary:
                 write(temporary)
             self._add(files, name)
@@ -94,13 +101,13 @@ class RunStore(RunReader):
         Raises:
             OSError: If something can't be written; what was saved before still counts.
         """
-        name, streams_name = f"blocks/{index:05d}", self._streams_name(index + 1)
+        name, streams_name = block_folder(index), streams_file(index + 1)
         folder = self.run_dir / name
         temporary = folder.with_name(folder.name + ".tmp")
         for leftover in (temporary, folder):  # of a try that the manifest did not live to see
             shutil.rmtree(leftover, ignore_errors=True)
         temporary.mkdir(parents=True)
-        with self._recording(f"partial/{index:05d}-", *(["streams/"] if streams is not None else [])) as files:
+        with self._recording(partial_prefix(index), *([f"{STREAMS}/"] if streams is not None else [])) as files:
             write_tensors(temporary / BLOCK, tensors)
             write_json(temporary / METRICS, metrics)
             if theta is not None:
@@ -115,19 +122,19 @@ class RunStore(RunReader):
 
     def publish_model(self) -> None:
         """Record that `model/` is complete."""
-        with self._recording("model/") as files:
-            self._add(files, *(f"model/{path.name}" for path in sorted((self.run_dir / "model").iterdir())))
+        with self._recording(f"{MODEL}/") as files:
+            self._add(files, *(f"{MODEL}/{path.name}" for path in sorted((self.run_dir / MODEL).iterdir())))
 
     def finish(self, results: Mapping[str, Any]) -> None:
         """Record the results; what only resuming needs is dropped."""
-        with self._recording("streams/", "partial/") as files:
+        with self._recording(f"{STREAMS}/", f"{PARTIAL}/") as files:
             write_json(self.run_dir / RESULTS, results)
             self._add(files, RESULTS)
         self.clear()
 
     def clear(self) -> None:
         """Drop what only resuming needs, of a finished run."""
-        for folder in ("streams", "partial"):
+        for folder in (STREAMS, PARTIAL):
             shutil.rmtree(self.run_dir / folder, ignore_errors=True)
 
     @contextmanager

@@ -77,7 +77,6 @@ class Block:
     def start(self) -> nn.Module:
         """The block with rounding and grid-searched clips, where every solver starts; frozen weights are shared."""
         if self.quantized is None:
-            assert self.model.storage_dtype is not None
             layer = self.model.layer(self.index, self.tensors)
             config, storage = self.model.family.config, self.model.storage_dtype
             self.quantized = quantize_layer(layer, self.scheme, config, self.activation_clip, storage, self.orders)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from bisup_lightning.errors import UserError
+from bisup_lightning.run_layout import ANALYSIS, CONFIG, EPOCH_LOGS, RESULTS
 
-RESULTS, ANALYSIS = "results.json", "analysis.json"
 Rows = list[dict[str, float]]
 
 
@@ -40,13 +40,13 @@ class Run:
         """
         if not (folder / RESULTS).is_file():
             raise UserError(f"{folder} holds no finished run (no {RESULTS}); run fit with this run_dir first")
-        analysis, config = folder / ANALYSIS, folder / "config.yaml"
+        analysis, config = folder / ANALYSIS, folder / CONFIG
         return cls(
             folder=folder,
             results=_read_json(
                 folder / RESULTS, ("checkpoint", "fingerprint", "perplexity", "blocks"), "run fit again, which mends it"
             ),
-            epochs={int(path.parent.name): _read_epochs(path) for path in sorted(folder.glob("logs/[0-9]*/*.csv"))},
+            epochs={int(path.parent.name): _read_epochs(path) for path in sorted(folder.glob(EPOCH_LOGS))},
             analysis=_read_json(analysis, ("sets",), "run analyze again") if analysis.is_file() else {},
             config=config.read_text(encoding="utf-8") if config.is_file() else "",
         )

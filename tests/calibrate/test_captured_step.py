@@ -12,8 +12,8 @@ import torch
 from bisup_lightning.calibrate import block_calibration, captured_step, driver, solvers
 from bisup_lightning.calibrate.driver import BlockWalk
 from bisup_lightning.calibrate.events import WalkCallback
-from bisup_lightning.calibrate.run_reader import THETA
 from bisup_lightning.cli import main
+from bisup_lightning.run_layout import THETA
 from tests.inputs import fit_command
 from tests.processes import finish
 from tests.tools import BISUP, EAGER, CutOff, Poison, contents, cut_off, timeless, with_callback

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bisup_lightning.calibrate import fit as calibrate_fit
+from bisup_lightning.calibrate import measure
 from bisup_lightning.cli import main
 from tests.faults import flip, truncate
 from tests.processes import Run
@@ -226,7 +226,7 @@ def test_what_is_measured_may_change_until_it_is(checkpoint, fit_arguments, tmp_
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     with monkeypatch.context() as patch:
-        patch.setattr(calibrate_fit, "evaluate", full)
+        patch.setattr(measure, "evaluate", full)
         assert main(fit_arguments(checkpoint, run, *settings, "--evaluation.batch_size=64")) == 2
         assert "evaluation.batch_size" in capsys.readouterr().err
         assert main(["predict", f"--run_dir={run}", "--text=One", "--max_new_tokens=2", "--accelerator=cpu"]) == 0

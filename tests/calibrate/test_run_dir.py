@@ -10,10 +10,11 @@ import time
 import pytest
 
 from bisup_lightning.calibrate import run_lock
-from bisup_lightning.calibrate.run_lock import OWNER, SILENCE
+from bisup_lightning.calibrate.run_lock import SILENCE
 from bisup_lightning.calibrate.run_reader import digest_of
 from bisup_lightning.cli import main
 from bisup_lightning.files import sha256
+from bisup_lightning.run_layout import OWNER
 from tests.inputs import fit_command
 from tests.processes import Run
 from tests.tools import BISUP, EAGER, RTN, Interrupt, Interrupted, Watch, contents, traces, with_callback
