@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.synthetic import EPOCH_PASSES, EPOCHS, FLOOR_PASSES, LENGTH, SEQUENCES, SHAPES
-from bisup_lightning.calibrate.driver import SAMPLE
+from bisup_lightning.calibrate.candidate import SAMPLE
 
 PASS = 1.0  # a forward pass, the unit
 

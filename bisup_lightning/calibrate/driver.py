@@ -1,10 +1,8 @@
 """The walk over the blocks: Algorithm A1 of the paper, one block in memory at a time."""
 
 import gc
-import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
 from typing import Literal, Self
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 from bisup_lightning.calibrate.block_reader import BlockReader
 from bisup_lightning.calibrate.block_result import BlockResult
 from bisup_lightning.calibrate.block_writer import BlockWriter
+from bisup_lightning.calibrate.candidate import Candidate, keep_the_better, sample_size
 from bisup_lightning.calibrate.events import WalkCallback
 from bisup_lightning.calibrate.parallel import Ranks
 from bisup_lightning.calibrate.run_reader import Partial, Progress
@@ -24,7 +23,7 @@ from bisup_lightning.calibrate.signals import Signals
 from bisup_lightning.calibrate.solvers import Block, Solution, Solver
 from bisup_lightning.calibrate.stopwatch import Stopwatch
 from bisup_lightning.calibrate.wavefront import Relay
-from bisup_lightning.data.layer_inputs import Forward, LayerInputs
+from bisup_lightning.data.layer_inputs import LayerInputs
 from bisup_lightning.data.share import WHOLE, Share
 from bisup_lightning.data.streams import Streams, StreamStorage, choose_place
 from bisup_lightning.errors import UserError
@@ -36,28 +35,8 @@ from bisup_lightning.model.statistics import InputStatistics
 from bisup_lightning.quant.spec import Scheme
 from bisup_lightning.transform.transform import Transform
 
-SAMPLE = 2**15  # tokens on which a trained block is compared with its start before its successor waits any longer
-CLEARLY = 0.95  # of the start's loss: on more than that, all of the text decides
-ALIKE = 0.1  # by which the trained block's loss on the sample and on all of the text may differ; else likewise
-
-log = logging.getLogger(__name__)
 Memory = Literal["auto", "low"]
 MakeTrainer = Callable[[int, int], Trainer]
-
-
-@dataclass
-class Candidate:
-    """A solution on probation.
-
-    Args:
-        solution: The fused block.
-        outputs_NTD: What it gives for x_q, in the streams' dtype.
-        loss: Their mean square error, a float32 scalar on the device.
-    """
-
-    solution: Solution
-    outputs_NTD: Tensor
-    loss: Tensor
 
 
 class BlockWalk:
@@ -254,7 +233,7 @@ class BlockWalk:
         self.reader.read_ahead(index + self.relay.stages)
 
         candidate = self._solve(block, start, scale, clock)
-        self._keep_the_better(block, start, candidate)
+        self.loss_initial = keep_the_better(candidate, start, self.loss_initial, block)
         self.inputs.advance_q(candidate.outputs_NTD)
         clock.lap("advance")
         stored = self._stored(index, candidate.solution.layer, prompt)
@@ -313,26 +292,6 @@ class BlockWalk:
         candidate.solution = solution
         return candidate
 
-    def _keep_the_better(self, block: Block, start: Solution, candidate: Candidate) -> None:
-        """Put the start in a candidate's place unless that is better, and send the outputs on.
-
-        Where final inputs come late, the successor waits for these outputs. So a sample of the text decides there if
-        it leaves no doubt, and the start's loss on all of the text is computed when the outputs are under way.
-        """
-        late, run_start = self.relay.final_inputs_come_late, block.run(start.layer)
-        sample_decides = late and self._clearly_better(candidate, run_start)
-        if late and not sample_decides:  # judged on the inputs that the candidate is judged on
-            self.loss_initial = self.inputs.loss_q(run_start)
-        if not (sample_decides or candidate.solution is start or candidate.loss < self.loss_initial):  # NaN is not less
-            candidate.solution = start
-            del candidate.outputs_NTD  # or there would be one copy more
-            candidate.outputs_NTD, candidate.loss = self.inputs.outputs_q(run_start)
-        self.relay.send_final(candidate.outputs_NTD)
-        if sample_decides:
-            self.loss_initial = self.inputs.loss_q(run_start)
-            if not candidate.loss < self.loss_initial:
-                log.warning(f"block {block.index} is worse than its start on all of the text, though not on a sample")
-
     def _block(
         self,
         index: int,
@@ -383,23 +342,8 @@ class BlockWalk:
         statistics.add_pass()
         block = self._block(index, tensors, positions, statistics, prompt)
         start = block.run(hold_dense(self.solver.start(block).layer, self.model.dtype))
-        for sample in (few, self._sample):  # which may be fewer than a batch
+        for sample in (few, sample_size(self.inputs)):  # which may be fewer than a batch
             self.inputs.loss_q(start, sample)
-
-    def _clearly_better(self, candidate: Candidate, run_start: Forward) -> bool:
-        """Whether a few sequences leave no doubt, so that the successor need not wait for the start's loss on all.
-
-        They do not speak for the others where the candidate's own loss is another there: a few tokens of the text may
-        make up most of it.
-        """
-        on_sample = self.inputs.loss_of(candidate.outputs_NTD, self._sample)
-        speaks_for_all = (on_sample - candidate.loss).abs() < ALIKE * candidate.loss  # false if NaN
-        return bool(speaks_for_all & (on_sample < CLEARLY * self.inputs.loss_q(run_start, self._sample)))
-
-    @property
-    def _sample(self) -> int:
-        """Sequences of the sample, of all members."""
-        return -(-SAMPLE // self.inputs.fp.shape[1])
 
     def _positions(self, index: int) -> Positions:
         return self.model.positions(index, self.inputs.fp.shape[1], len(self.prompt_ids))

@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bisup_lightning.calibrate.driver import BlockWalk, Candidate
+from bisup_lightning.calibrate import candidate as candidate_module
+from bisup_lightning.calibrate.candidate import Candidate, clearly_better
 from bisup_lightning.calibrate.solvers import Solution
 from bisup_lightning.cli import main
 from bisup_lightning.data.corpus import CalibrationData, calibration_tokens
@@ -153,14 +153,14 @@ def test_the_first_blocks_start_is_rounding(checkpoint, watched_fit):
         (math.nan, 0.9, False),
     ],
 )
-def test_a_sample_leaves_no_doubt_where_it_is_like_the_rest(on_sample, behind, expected):
+def test_a_sample_leaves_no_doubt_where_it_is_like_the_rest(monkeypatch, on_sample, behind, expected):
     """Losses of a trained block on 16 of 32 sequences, and on the others, over those of its start."""
     x_NTD = torch.ones(32, 4, 8)
+    monkeypatch.setattr(candidate_module, "SAMPLE", 16 * 4)
     inputs = LayerInputs(torch.zeros_like(x_NTD), x_NTD, torch.device("cpu"), 8)
     outputs_NTD = x_NTD * torch.tensor([on_sample, behind]).sqrt().repeat_interleave(16).view(-1, 1, 1)
     candidate = Candidate(Solution(torch.nn.Identity()), outputs_NTD, inputs.loss_of(outputs_NTD))
-    walk = SimpleNamespace(inputs=inputs, _sample=16)
-    assert BlockWalk._clearly_better(walk, candidate, lambda x_BTD: x_BTD) is expected
+    assert clearly_better(candidate, lambda x_BTD: x_BTD, inputs) is expected
 
 
 def test_gptq_beats_rounding_where_only_weights_are_quantized(checkpoint, watched_fit):
