@@ -23,7 +23,7 @@ from bisup_lightning.calibrate.fit import fit
 from bisup_lightning.calibrate.launch import launch
 from bisup_lightning.calibrate.measure import evaluate_checkpoint, evaluate_run, published_model, read_results
 from bisup_lightning.calibrate.merge import merge
-from bisup_lightning.calibrate.parallel import Ranks, environment, join
+from bisup_lightning.calibrate.parallel import Ranks, environment, join, own_device
 from bisup_lightning.calibrate.signals import Interrupted, Signals, requeue
 from bisup_lightning.configuration import one_line, trust
 from bisup_lightning.data.prompt import Prompt
@@ -82,8 +82,8 @@ def run_fit(call: Call) -> int:
     check_values(options)
     place, ranks = environment(), Ranks()
     if place is not None:
-        if torch.cuda.is_available():
-            torch.cuda.set_device(place.local_rank())
+        if device_for(options.trainer.accelerator).type == "cuda":
+            torch.cuda.set_device(own_device(place.local_rank(), torch.cuda.device_count()))
         ranks = join(place, device_for(options.trainer.accelerator))
     elif not options.dry_run and (count := process_count(options)) > 1:
         make_job(fit_parser(), options, call.signals, Ranks(world=count))  # so that a mistake shows once, and at once

@@ -13,6 +13,7 @@ import torch
 from jsonargparse import Namespace
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -174,6 +175,8 @@ def make_job(parser: LightningArgumentParser, config: Namespace, signals: Signal
     callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
     data, device = objects.data, device_for(config.trainer.accelerator)
     _, members = objects.parallel.arrange(ranks.world, objects.solver.epochs, data.batch_size, data.num_samples)
+    if members > 1 and any(isinstance(callback, Timer) for callback in callbacks):
+        raise UserError("trainer.callbacks: a Timer would end the training of one process before that of another")
     vars(rank_zero_only)["rank"] = ranks.rank % members  # who logs, of those that train a block together
     logs = None if ranks.rank % members else config.run_dir / "logs"
     make_trainer = trainer_factory(objects.trainer, callbacks, logs, device)

@@ -1,7 +1,7 @@
 """What the files of a run directory are called; all names are relative to it.
 
 config.yaml                        the resolved configuration
-tokens.safetensors                 the calibration text, token ids
+tokens.safetensors                 the calibration text and the prompt, token ids
 blocks/00007/block.safetensors     of finished block 7: the tensors that the model holds of it,
 blocks/00007/metrics.json          its figures,
 blocks/00007/theta.safetensors     what was learned in it, where that is kept

@@ -34,7 +34,9 @@ def analyze_run(job: Job, chunks: int) -> dict[str, Any]:
     transformed = job.transform.checkpoint(plain.checkpoint, plain.family, job.device)
     fp = BlockwiseModel(folder, job.device, plain.dtype, checkpoint=transformed)
     quantized = open_quantized(job.run_dir / MODEL, job.device)
-    prompt = job.prompt.ids(tokenizer, plain.family.config)
+    prompt = RunReader(job.run_dir).read_prompt()
+    if prompt is None:
+        prompt = job.prompt.ids(tokenizer, plain.family.config)
     sets = {"calibration": RunReader(job.run_dir).read_tokens()}
     sets |= evaluation_sets(job.evaluation, job.data.seq_len, job.seed, plain, tokenizer)
     sets = {name: ids_NT[:chunks] for name, ids_NT in sets.items()}

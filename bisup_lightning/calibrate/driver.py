@@ -277,8 +277,9 @@ class BlockWalk:
             clock.lap("solve")
             self.relay.receive_final(self.inputs)
             run = block.run(hold_dense(layer, self.model.dtype))
-            # What training holds is free soon: no reason to go on by halves.
-            candidate = Candidate(Solution(layer), *self.inputs.outputs_q(run, by_halves=not in_training))
+            # What training holds is free soon: no reason to go on by halves, unless others would not do the same.
+            by_halves = not in_training or self.share.members > 1
+            candidate = Candidate(Solution(layer), *self.inputs.outputs_q(run, by_halves))
             self._prepare(block.index + self.relay.stages)
 
         if not self.solver.learns:

@@ -2,6 +2,7 @@
 
 import platform
 import resource
+import socket
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -17,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 import bisup_lightning
 from bisup_lightning.calibrate.budget import Budget, check_room
 from bisup_lightning.calibrate.driver import BlockWalk
-from bisup_lightning.calibrate.job import Job, check, compiles, fingerprint
+from bisup_lightning.calibrate.job import Job, check, checkpoint_digests, compiles, fingerprint
 from bisup_lightning.calibrate.measure import check_vocabulary, fetch_sets, measure, open_checkpoint
 from bisup_lightning.calibrate.parallel import (
     leave,
@@ -30,6 +31,7 @@ from bisup_lightning.calibrate.run_store import RunStore
 from bisup_lightning.calibrate.wavefront import Independent, Wavefront
 from bisup_lightning.data import corpus
 from bisup_lightning.data.share import WHOLE, PeerLost, Share
+from bisup_lightning.errors import UserError
 from bisup_lightning.hub.card import model_card
 from bisup_lightning.hub.save import save_model
 from bisup_lightning.model.blockwise import BlockwiseModel
@@ -43,6 +45,8 @@ from bisup_lightning.transform.invariance import check_invariance
 # BEGUN     By the first process. WALK: the run directory is ready, so that the others join and calibrate their part.
 #           NO_WALK: no block is left to calibrate, or it never came to that; the others, who have waited, end. `fit`
 #           announces it on every way out, which means nothing where there was a walk.
+# ASKED, CHECKPOINT  By the first process, before that: how blocks are calibrated, and where its checkpoint lies. The
+#           others compare that with what they were asked for, and all else by the run's fingerprint.
 # WALKED/r  By process r, when all that it wrote is in its manifest. The first one waits for each of the others before
 #           it takes their manifests over, publishes and measures; they end meanwhile.
 # ENDED     By the first process on every way out. Where a signal asks all processes to end, the others wait for it, for
@@ -50,7 +54,7 @@ from bisup_lightning.transform.invariance import check_invariance
 #
 # None of this tells that a process died. The launcher then ends the others, which may see it before by a broken
 # connection (PeerLost).
-BEGUN, WALKED, ENDED = "begun", "walked", "ended"
+BEGUN, ASKED, CHECKPOINT, WALKED, ENDED = "begun", "asked", "checkpoint", "walked", "ended"
 WALK, NO_WALK = "walk", "ended"  # what is announced under BEGUN
 PARTING = 25.0  # seconds
 PROBE_TOKENS = 64  # of the calibration text, on which the transform and the published model are checked
@@ -89,15 +93,18 @@ def lead(job: Job) -> dict[str, Any] | None:
     store = RunStore(job.run_dir)
     with RunLock(job.run_dir) as lock:
         progress = store.open(fingerprint(job, plain), job.resume, job.independent)
+        prompt_ids = prompt_ids if progress.prompt_ids is None else progress.prompt_ids
         if progress.finished and progress.undamaged:
             store.clear()  # where the run was killed when it had just finished
             return store.results()
         prepared = prepare(job, plain, tokenizer, scheme, progress)
         lock.claim()
-        store.begin(job.config_yaml, prepared.tokens_NT)
+        store.begin(job.config_yaml, prepared.tokens_NT, prompt_ids)
         if progress.finished:  # what was lost beside the results is made again, or not needed
             return store.results()
         if not progress.finished_blocks.issuperset(wanted):
+            job.ranks.announce(ASKED, arrangement(job))
+            job.ranks.announce(CHECKPOINT, place_of(plain))
             job.ranks.announce(BEGUN, WALK)
             calibrate_blocks(job, prepared.transformed, scheme, store, prompt_ids, prepared.tokens_NT, progress)
             job.ranks.wait_for(f"{WALKED}/{rank}" for rank in range(1, job.ranks.world))
@@ -174,6 +181,17 @@ def publish(
     store.publish_model()
 
 
+def arrangement(job: Job) -> str:
+    """How a run's blocks are calibrated, beside what its fingerprint tells."""
+    stages, blocks = job.parallel.stages, job.blocks
+    return f"parallel.mode {job.parallel.mode}, parallel.stages {stages}, blocks {blocks}, memory {job.memory}"
+
+
+def place_of(plain: BlockwiseModel) -> str:
+    """Where a checkpoint lies: in the same place it is the same, which takes no hashing of all its weights."""
+    return f"{socket.gethostname()}:{plain.checkpoint.folder.resolve()}"
+
+
 def follow(job: Job) -> None:
     """As one of the other processes: take part in the walk that the first one begins."""
     ranks = job.ranks
@@ -184,12 +202,16 @@ def follow(job: Job) -> None:
             return
     except PeerLost:  # the first one had nothing to do, or has told what is wrong
         return
-    plain, tokenizer = open_checkpoint(job.checkpoint, job.device)
-    prompt_ids = job.prompt.ids(tokenizer, plain.family.config)
+    if arrangement(job) != (first := ranks.announced(ASKED)):
+        raise UserError(f"a process was asked for {arrangement(job)}, but the first one for {first}")
+    plain, _ = open_checkpoint(job.checkpoint, job.device)
     store = RunStore(job.run_dir, ranks.rank)
-    progress = store.join(job.independent)
-    tokens_NT = progress.tokens_NT
+    is_the_same = place_of(plain) == ranks.announced(CHECKPOINT)
+    digests = {} if is_the_same else checkpoint_digests(plain)
+    progress = store.join(job.independent, {**job.settings, **digests})
+    tokens_NT, prompt_ids = progress.tokens_NT, progress.prompt_ids
     assert tokens_NT is not None
+    assert prompt_ids is not None
     scheme = job.transform.scheme(job.precision)
     model = transformed_model(job, plain, None)
     calibrate_blocks(job, model, scheme, store, prompt_ids, tokens_NT, progress)

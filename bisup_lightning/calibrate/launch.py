@@ -38,6 +38,7 @@ def launch(arguments: Sequence[str], processes: int) -> int:
         run_id=uuid.uuid4().hex,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
+        local_addr="localhost",  # the host's own name may be one that can't be resolved
         max_restarts=0,
         start_method="spawn",
     )

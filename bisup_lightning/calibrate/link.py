@@ -1,6 +1,8 @@
 """Messages between two processes."""
 
+import os
 import queue
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from bisup_lightning.data.share import PeerLost, waiting_for_peers
 from bisup_lightning.data.transfer import side_stream
+from bisup_lightning.errors import first_line
 
 MESSAGE = 256 * 2**20  # bytes of a part; each waits for a long product of the sender's to end
 POLL_SECONDS = 5e-3
@@ -109,16 +112,19 @@ class Link:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # of this thread
             stream = side_stream(f"link {self._name}", self.device)
-        failure: Exception | None = None
+        failure: PeerLost | None = None
         while (parcel := self._waiting.get()) is not None:
             try:
                 if failure is not None:
                     raise failure
                 with nullcontext() if stream is None else torch.cuda.stream(stream):
                     self._hand_over(parcel)
-            except Exception as error:  # raised again where its delivery is waited for, and that of all behind it
+            except PeerLost as error:  # raised again where its delivery is waited for, and that of all behind it
                 failure = error
                 parcel.delivered.set_exception(error)
+            except Exception as error:  # the peer waits for what won't come, and soon this process for its own
+                print(f"error: hidden states could not be sent on: {first_line(error)}", file=sys.stderr, flush=True)
+                os._exit(1)
             else:
                 parcel.delivered.set_result(None)
             del parcel  # leaves no message behind in memory

@@ -136,7 +136,9 @@ def evaluate_run(job: Job) -> dict[str, Any]:
     check_zero_shot(job.evaluation, job.device)  # before the checkpoint is hashed
     fp, tokenizer = open_original(job)
     sets = fetch_sets(job.evaluation, job.data.seq_len, job.seed, fp, tokenizer)
-    prompt_ids = job.prompt.ids(tokenizer, fp.family.config)
+    prompt_ids = RunReader(job.run_dir).read_prompt()
+    if prompt_ids is None:
+        prompt_ids = job.prompt.ids(tokenizer, fp.family.config)
     return measure(fp, job.run_dir / MODEL, tokenizer, prompt_ids, job.evaluation, sets)
 
 

@@ -29,7 +29,7 @@ def merge(runs: Sequence[Path], job: Job) -> dict[str, Any] | None:
     """
     source: dict[int, RunReader] = {}
     fingerprint: Mapping[str, Any] = {}
-    tokens_NT = None
+    tokens_NT = prompt_ids = None
     for run in runs:
         reader = RunReader(run)
         progress = reader.join(independent=True)
@@ -41,17 +41,23 @@ def merge(runs: Sequence[Path], job: Job) -> dict[str, Any] | None:
         if keys := changes(fingerprint, reader.fingerprint)[0]:
             raise UserError(f"merge: {run} differs from {runs[0]} in {', '.join(keys)}; they do not belong together")
         tokens_NT = progress.tokens_NT if tokens_NT is None else tokens_NT
+        prompt_ids = progress.prompt_ids if prompt_ids is None else prompt_ids
+        if progress.prompt_ids not in (None, prompt_ids):
+            raise UserError(
+                f"merge: {run} stood behind another prompt than {runs[0]}, maybe of another day; they do not belong "
+                "together. Give the prompt as a text (--prompt.kind text)"
+            )
         source |= dict.fromkeys(progress.finished_blocks, reader)
     plain, _ = open_checkpoint(job.checkpoint, job.device)
     if missing := sorted(set(range(plain.num_layers)) - source.keys()):
         raise UserError(f"merge: no run has block {missing[0]}{f' and {len(missing) - 1} more' * (len(missing) > 1)}")
-    if tokens_NT is None:
+    if tokens_NT is None or prompt_ids is None:
         raise UserError(f"merge: {runs[0]} has lost its calibration text; run its fit again, which mends it")
     merged = RunStore(job.run_dir)
     with RunLock(job.run_dir) as lock:
         there = merged.open(fingerprint, independent=True).finished_blocks
         lock.claim()
-        merged.begin(job.config_yaml, tokens_NT)
+        merged.begin(job.config_yaml, tokens_NT, prompt_ids)
         for index, reader in sorted(source.items()):
             if index not in there:
                 block, metrics, theta = reader.read_block(index), reader.read_metrics(index), reader.read_theta(index)

@@ -45,6 +45,8 @@ class Parallel:
             UserError: If they can't be arranged.
         """
         stages = 1
+        if self.mode == "none" and world > 1:
+            raise UserError(f"parallel.mode: choose data, wavefront or independent for {world} processes")
         if self.mode == "independent":
             stages = world
         elif self.mode == "wavefront":
@@ -115,12 +117,31 @@ class Ranks:
 
 
 def environment() -> ClusterEnvironment | None:
-    """The environment of one process of several, as torchrun or SLURM started it."""
+    """The environment of one process of several, as torchrun or SLURM started it.
+
+    Raises:
+        UserError: If SLURM has several tasks, but this is its batch script: the others would never come.
+    """
     if TorchElasticEnvironment.detect():
         return TorchElasticEnvironment()
-    if SLURMEnvironment.detect() and int(os.environ["SLURM_NTASKS"]) > 1:
+    if SLURMEnvironment.detect() and (tasks := int(os.environ["SLURM_NTASKS"])) > 1:
+        if "SLURM_STEP_NUM_TASKS" not in os.environ:
+            raise UserError(f"SLURM has {tasks} tasks, but only this process runs: begin the command with srun")
         return SLURMEnvironment()
     return None
+
+
+def own_device(local_rank: int, visible: int) -> int:
+    """Which of the devices that it sees a process takes: by its rank on the host, or the only one that it was given.
+
+    Raises:
+        UserError: If it has none for itself.
+    """
+    if visible == 1:
+        return 0
+    if local_rank >= visible:
+        raise UserError(f"trainer.devices: process {local_rank} of this host has no device; it has {visible}")
+    return local_rank
 
 
 def join(place: ClusterEnvironment, device: torch.device) -> Ranks:
@@ -128,9 +149,11 @@ def join(place: ClusterEnvironment, device: torch.device) -> Ranks:
     rank, world = place.global_rank(), place.world_size()
     hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by the launcher, which outlives the first
     with waiting_for_peers():
-        store = dist.TCPStore(
+        store: dist.Store = dist.TCPStore(
             place.main_address, place.main_port, is_master=rank == 0 and not hosted, timeout=PATIENCE
         )  # fmt: skip
+        # An agent's store outlives the processes that it starts anew, whose messages are not those of before.
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(
             backend, store=dist.PrefixStore("group", store), rank=rank, world_size=world, timeout=PATIENCE
@@ -171,20 +194,21 @@ def take_place(ranks: Ranks, stages: int, members: int, device: torch.device) ->
     """Find this process's place. All processes call it together, once."""
     stage, member = divmod(ranks.rank, members)
     share, links = WHOLE, {}
-    if members > 1:  # all take part in making every group
-        groups = [dist.new_group(range(s * members, (s + 1) * members)) for s in range(stages)]
-        share = Share(member, members, groups[stage])
-    if stages > 1:
-        for s in range(stages):
-            for m in range(members):
-                sender, receiver = s * members + m, (s + 1) % stages * members + m
-                group, name = dist.new_group([sender, receiver]), f"{sender}-{receiver}"
-                if ranks.rank == sender:
-                    links["downstream"] = Link(receiver, group, device, ranks, name)
-                    links["downstream"].connect(sending=True)
-                if ranks.rank == receiver:
-                    links["upstream"] = Link(sender, group, device, ranks, name)
-                    links["upstream"].connect(sending=False)
+    with waiting_for_peers():
+        if members > 1:  # all take part in making every group
+            groups = [dist.new_group(range(s * members, (s + 1) * members), timeout=PATIENCE) for s in range(stages)]
+            share = Share(member, members, groups[stage])
+        if stages > 1:
+            for s in range(stages):
+                for m in range(members):
+                    sender, receiver = s * members + m, (s + 1) % stages * members + m
+                    group, name = dist.new_group([sender, receiver], timeout=PATIENCE), f"{sender}-{receiver}"
+                    if ranks.rank == sender:
+                        links["downstream"] = Link(receiver, group, device, ranks, name)
+                        links["downstream"].connect(sending=True)
+                    if ranks.rank == receiver:
+                        links["upstream"] = Link(sender, group, device, ranks, name)
+                        links["upstream"].connect(sending=False)
     return Place(stages, members, stage, member, share, **links)
 
 

@@ -65,6 +65,7 @@ class Progress:
     Args:
         metrics: Figures of the finished blocks, in order.
         tokens_NT: The calibration text, or None if it must be made.
+        prompt_ids: Token ids of the prompt, or None likewise.
         streams_at: Behind how many of them the streams were saved last; 0 for never.
         partials: Where the training of unfinished blocks stopped, as far as it was saved.
         published: Whether `model/` is complete.
@@ -76,6 +77,7 @@ class Progress:
 
     metrics: list[dict[str, Any]]
     tokens_NT: Tensor | None
+    prompt_ids: list[int] | None
     streams_at: int
     partials: Mapping[int, Partial]
     published: bool
@@ -116,7 +118,7 @@ class RunReader:
             if resume == "must":
                 raise UserError(f"resume: {self.run_dir} holds no run to go on with; drop --resume must to begin one")
             self.check_blank()
-            return Progress([], None, 0, {}, published=False, finished=False, undamaged=True)
+            return Progress([], None, None, 0, {}, published=False, finished=False, undamaged=True)
         if resume == "never":
             raise UserError(f"resume: {self.run_dir} holds a run already; name a new run_dir, or drop --resume never")
         recorded, self.files = self._read_manifest()
@@ -126,11 +128,15 @@ class RunReader:
         self._take_over()
         return self._survey(independent)
 
-    def join(self, independent: bool = False) -> Progress:
+    def join(self, independent: bool = False, asked: Mapping[str, Any] | None = None) -> Progress:
         """Find out how far a run got that the first process has begun.
 
+        Args:
+            independent: Whether its blocks do not depend on each other.
+            asked: Entries of the fingerprint of what this process was asked for; they must be the run's.
+
         Raises:
-            UserError: If this process does not see it.
+            UserError: If this process does not see it, or was asked for something else.
         """
         if not (self.run_dir / MANIFEST).is_file():
             raise UserError(
@@ -138,6 +144,12 @@ class RunReader:
                 "several hosts need a directory that they share"
             )
         self.fingerprint, self.files = self._read_manifest()
+        if other := [key for key, value in (asked or {}).items() if self.fingerprint.get(key) != value]:
+            differences = "; ".join(f"{key}: {self.fingerprint.get(key)} → {(asked or {})[key]}" for key in other)
+            raise UserError(
+                f"a process on {socket.gethostname()} was asked for something else than the first one ({differences}); "
+                "give all the same command and checkpoint"
+            )
         progress = self._survey(independent)
         self.files = {}  # the first process's; this one names its own
         return progress
@@ -253,6 +265,7 @@ class RunReader:
         return Progress(
             metrics=metrics,
             tokens_NT=self.read_tokens() if TOKENS in undamaged else None,
+            prompt_ids=self.read_prompt() if TOKENS in undamaged else None,
             streams_at=streams_at,
             partials=self._readable_partials(partials),
             published=published,
@@ -336,6 +349,15 @@ class RunReader:
     def read_tokens(self) -> Tensor:
         """The calibration text, token ids [N, T]."""
         return load_file(self.run_dir / TOKENS)["calibration"]
+
+    def read_prompt(self) -> list[int] | None:
+        """Token ids of the prompt, as they were when the run began; None if that is not known.
+
+        A chat template may name the day, so that its text is another one later.
+        """
+        path = self.run_dir / TOKENS
+        ids = load_file(path).get("prompt") if path.is_file() else None
+        return None if ids is None else ids.tolist()
 
     def read_streams(self, blocks: int) -> dict[str, Tensor]:
         """Both streams and the prompt's hidden states behind the first `blocks` blocks."""

@@ -1,11 +1,12 @@
 """Writes the run directory: a file is whole or absent, and the manifest, written last, says what counts."""
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bisup_lightning.calibrate.run_reader import RunReader, digest_of
@@ -32,8 +33,8 @@ from bisup_lightning.run_layout import (
 class RunStore(RunReader):
     """Reads and writes a run directory, which is made when first written to; see `RunReader`."""
 
-    def begin(self, config_yaml: str, tokens_NT: Tensor) -> None:
-        """Claim the directory for this run: the resolved configuration, the calibration text, the manifest.
+    def begin(self, config_yaml: str, tokens_NT: Tensor, prompt_ids: Sequence[int]) -> None:
+        """Claim the directory for this run: the resolved configuration, calibration text and prompt, the manifest.
 
         On a run that goes on, drops what does not count.
         """
@@ -49,7 +50,9 @@ class RunStore(RunReader):
             if CONFIG not in files:
                 write_text(self.run_dir / CONFIG, config_yaml)
             if TOKENS not in files:
-                write_tensors(self.run_dir / TOKENS, {"calibration": tokens_NT})
+                write_tensors(
+                    self.run_dir / TOKENS, {"calibration": tokens_NT, "prompt": torch.tensor(prompt_ids).long()}
+                )
             self._add(files, CONFIG, TOKENS)
         for path in others:  # whose files this manifest names by now
             path.unlink()

@@ -72,8 +72,10 @@ class Signals:
 
     @staticmethod
     def _end(until: Callable[[], None], signum: int) -> None:
-        until()
-        os._exit(128 + signum)
+        try:
+            until()
+        finally:  # also where the first process, and with it what all know, is gone
+            os._exit(128 + signum)
 
     def follow(self, until: Callable[[], None]) -> None:
         """From now on, a signal ends the process once `until` returns, whatever it is waiting for.

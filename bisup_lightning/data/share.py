@@ -55,6 +55,7 @@ class Share:
             whole_NT = torch.empty(len(x_NT) * self.members, *x_NT.shape[1:], dtype=x_NT.dtype)
         # Batch by batch: the first one's device may have no room for what all hold together.
         for batch, x_BT in enumerate(x_NT.split(batch_size // self.members)):
+            x_BT = x_BT.cpu()  # where it goes; the streams of some members may be on a device, those of others not
             parts = None if whole_NT is None else [torch.empty_like(x_BT) for _ in range(self.members)]
             with waiting_for_peers():
                 dist.gather(x_BT.contiguous(), parts, group=self.group, group_dst=0)

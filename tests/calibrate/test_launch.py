@@ -1,6 +1,8 @@
 """Starting several processes, ending them, and what is refused before or when they start."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,10 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from bisup_lightning.calibrate.parallel import own_device
 from bisup_lightning.cli import main
+from bisup_lightning.data.prompt import Prompt
+from bisup_lightning.errors import UserError
 from tests.inputs import ROOT, fit_command
 from tests.processes import ranks, wait_for_all
-from tests.tools import BISUP, GPTQ, RTN, contents
+from tests.tools import BISUP, EAGER, GPTQ, RTN, CutOff, contents, cut_off, with_callback
 
 DATA, WAVEFRONT, INDEPENDENT = (f"--parallel.mode={mode}" for mode in ("data", "wavefront", "independent"))
 TWO, FOUR = "--trainer.devices=2", "--trainer.devices=4"
@@ -134,6 +139,96 @@ def test_a_directory_that_the_hosts_do_not_share_is_refused(command, tmp_path, t
     assert stderr.startswith("error: rank 1: run_dir: ")
     assert "a directory that they share" in stderr
     assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "key"),
+    [
+        (DATA, (DATA, "--seed=5"), "seed: 0 → 5"),
+        (DATA, (DATA, "--precision.weights.bits=3"), "precision.weights.bits: 4 → 3"),
+        (DATA, (WAVEFRONT, "--parallel.stages=1"), "parallel.mode data"),
+        (WAVEFRONT, (WAVEFRONT, "--memory=low"), "memory auto"),
+    ],
+)
+def test_a_process_that_was_asked_for_something_else_is_refused(command, tmp_path, first, second, key):
+    """Its blocks would go into the same model."""
+    code, stderr = wait_for_all(ranks(2, command(first), second=command(*second)))[1]
+    assert code == 2
+    assert stderr.startswith("error: rank 1: a process")
+    assert key in stderr
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_a_process_with_another_checkpoint_is_refused(command, checkpoint, text_file, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(checkpoint, other)
+    settings = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(settings | {"rms_norm_eps": 2e-5}))
+    elsewhere = fit_command(other, tmp_path / "run", text_file, BISUP, "--solver.epochs=3", DATA)
+    code, stderr = wait_for_all(ranks(2, command(DATA), second=elsewhere))[1]
+    assert code == 2
+    assert "checkpoint/config.json: " in stderr
+
+
+def test_several_processes_need_a_mode(command, tmp_path):
+    assert [code for code, _ in wait_for_all(ranks(2, command()))] == [2, 2]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_timer_would_end_one_member_before_another(command, tmp_path, capfd):
+    timer = "--trainer.callbacks+={class_path: lightning.pytorch.callbacks.Timer, init_args: {interval: step}}"
+    assert main(command(DATA, TWO, timer)) == 2
+    assert "trainer.callbacks: a Timer" in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_script_with_several_tasks_is_told_of_srun(command, monkeypatch, tmp_path, capfd):
+    job = {"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "quantize", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}
+    for name, value in job.items():
+        monkeypatch.setenv(name, value)
+    assert main(command(DATA)) == 2
+    assert "begin the command with srun" in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("local_rank", "visible", "device"), [(0, 1, 0), (3, 1, 0), (0, 4, 0), (3, 4, 3)])
+def test_a_process_takes_its_own_device_or_the_only_one_that_it_sees(local_rank, visible, device):
+    assert own_device(local_rank, visible) == device
+
+
+def test_more_processes_than_devices_are_refused():
+    with pytest.raises(UserError, match=r"trainer.devices: process 4 of this host has no device; it has 4"):
+        own_device(4, 4)
+
+
+def dated(prompts):
+    """In place of `Prompt.ids`: another prompt each time, as a template gives that names the day."""
+    return lambda self, tokenizer, config: next(prompts)
+
+
+def test_a_run_keeps_the_prompt_that_it_began_with(command, monkeypatch, tmp_path):
+    arguments = command(EAGER, with_callback(CutOff))
+    monkeypatch.setattr(Prompt, "ids", dated(iter([[5, 6, 7]])))
+    assert main(arguments) == 0
+    expected = contents(tmp_path / "run" / "model")
+    shutil.rmtree(tmp_path / "run")
+    monkeypatch.setattr(Prompt, "ids", dated(iter([[5, 6, 7], [5, 6, 8]])))
+    cut_off(arguments, 2)
+    assert main(arguments) == 0
+    assert contents(tmp_path / "run" / "model") == expected
+
+
+def test_blocks_behind_different_prompts_do_not_merge(checkpoint, text_file, monkeypatch, tmp_path, capfd):
+    monkeypatch.setattr(Prompt, "ids", dated(iter([[5, 6, 7], [5, 6, 8]])))
+    runs = []
+    for blocks in ("0:1", "1:2"):
+        runs.append(str(tmp_path / blocks[0]))
+        assert (
+            main(fit_command(checkpoint, tmp_path / blocks[0], text_file, RTN, INDEPENDENT, f"--blocks={blocks}")) == 0
+        )
+    assert main(["merge", *runs, f"--run_dir={tmp_path / 'merged'}"]) == 2
+    assert f"merge: {runs[1]} stood behind another prompt than {runs[0]}" in capfd.readouterr().err
+    assert not (tmp_path / "merged").exists()
 
 
 def test_only_runs_that_belong_together_merge(command, checkpoint, text_file, tmp_path, capfd):

@@ -6,7 +6,9 @@ import signal
 
 import pytest
 
+from bisup_lightning.calibrate.signals import Signals
 from bisup_lightning.cli import main
+from bisup_lightning.data.share import PeerLost
 from bisup_lightning.evaluate.metrics import LanguageModelMetrics
 from tests.inputs import fit_command
 from tests.processes import Run
@@ -169,3 +171,15 @@ def test_a_job_that_cannot_be_requeued_says_so(monkeypatch, capsys, command, req
     first, second = capsys.readouterr().err.splitlines()
     assert first + "\n" == LINE
     assert second.startswith("job 4711 can't be put back into the queue")
+
+
+def test_a_process_that_follows_ends_by_the_signal_also_if_the_first_is_gone(monkeypatch):
+    codes = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+
+    def gone():
+        raise PeerLost("Connection reset by peer")
+
+    with pytest.raises(PeerLost):
+        Signals._end(gone, signal.SIGTERM)
+    assert codes == [128 + signal.SIGTERM]
