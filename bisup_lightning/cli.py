@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from jsonargparse import ArgumentError, Namespace
+from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 
 from bisup_lightning.calibrate.analysis import analyze_run
@@ -49,12 +50,14 @@ class Call:
     """One call of the command line.
 
     Args:
+        parser: Of all commands.
         arguments: As they were given.
         options: Those of the command, parsed.
         signals: What may ask to end.
         console: Where its answer is printed.
     """
 
+    parser: LightningArgumentParser
     arguments: Sequence[str]
     options: Namespace
     signals: Signals
@@ -72,8 +75,9 @@ def run(arguments: Sequence[str], signals: Signals) -> int:
         Interrupted: If a signal asked to end.
     """
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
-    config = build_parser().parse_args(trust(arguments))
-    return COMMANDS[config.subcommand](Call(arguments, config[config.subcommand], signals, console))
+    parser = build_parser()
+    config = parser.parse_args(trust(arguments))
+    return COMMANDS[config.subcommand](Call(parser, arguments, config[config.subcommand], signals, console))
 
 
 def run_fit(call: Call) -> int:
@@ -82,9 +86,10 @@ def run_fit(call: Call) -> int:
     check_values(options)
     place, ranks = environment(), Ranks()
     if place is not None:
-        if device_for(options.trainer.accelerator).type == "cuda":
+        device = device_for(options.trainer.accelerator)
+        if device.type == "cuda":
             torch.cuda.set_device(own_device(place.local_rank(), torch.cuda.device_count()))
-        ranks = join(place, device_for(options.trainer.accelerator))
+        ranks = join(place, device)
     elif not options.dry_run and (count := process_count(options)) > 1:
         make_job(fit_parser(), options, call.signals, Ranks(world=count))  # so that a mistake shows once, and at once
         return launch(call.arguments, count)
@@ -110,7 +115,7 @@ def run_merge(call: Call) -> int:
 
 def run_test(call: Call) -> int:
     """Measure a run or a checkpoint."""
-    given = build_parser().parse_args(trust(call.arguments), defaults=False).test
+    given = call.parser.parse_args(trust(call.arguments), defaults=False).test
     scores = measure(call.options, given, call.signals)
     print_scores(call.console, scores)
     if call.options.output is not None:

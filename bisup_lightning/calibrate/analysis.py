@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from bisup_lightning.calibrate.job import Job
-from bisup_lightning.calibrate.measure import evaluation_sets, open_original
+from bisup_lightning.calibrate.measure import evaluation_sets, open_original, prompt_of
 from bisup_lightning.calibrate.run_reader import RunReader
 from bisup_lightning.evaluate.errors import attention_maps, hidden_errors
 from bisup_lightning.files import write_json
@@ -34,9 +34,7 @@ def analyze_run(job: Job, chunks: int) -> dict[str, Any]:
     transformed = job.transform.checkpoint(plain.checkpoint, plain.family, job.device)
     fp = BlockwiseModel(folder, job.device, plain.dtype, checkpoint=transformed)
     quantized = open_quantized(job.run_dir / MODEL, job.device)
-    prompt = RunReader(job.run_dir).read_prompt()
-    if prompt is None:
-        prompt = job.prompt.ids(tokenizer, plain.family.config)
+    prompt = prompt_of(job, tokenizer, plain)
     sets = {"calibration": RunReader(job.run_dir).read_tokens()}
     sets |= evaluation_sets(job.evaluation, job.data.seq_len, job.seed, plain, tokenizer)
     sets = {name: ids_NT[:chunks] for name, ids_NT in sets.items()}

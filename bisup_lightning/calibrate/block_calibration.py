@@ -184,9 +184,10 @@ class BlockCalibration(LightningModule):
 
     def make_room(self) -> None:
         """Free memory that others, and callbacks, may need: what is not in use, then the captured step's."""
-        if self.captured is not None and not leaves_room(self.device):
-            torch.cuda.empty_cache()
-        if self.captured is not None and not leaves_room(self.device):
+        if self.captured is None or leaves_room(self.device):
+            return
+        torch.cuda.empty_cache()
+        if not leaves_room(self.device):
             self.captured = None
             torch.cuda.empty_cache()
 

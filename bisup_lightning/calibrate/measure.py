@@ -127,6 +127,12 @@ def open_original(job: Job) -> tuple[BlockwiseModel, PreTrainedTokenizerBase]:
     return fp, tokenizer
 
 
+def prompt_of(job: Job, tokenizer: PreTrainedTokenizerBase, fp: BlockwiseModel) -> list[int]:
+    """Token ids of the prompt that a job's run began with; those that the job gives if that is not known."""
+    known = RunReader(job.run_dir).read_prompt()
+    return job.prompt.ids(tokenizer, fp.family.config) if known is None else known
+
+
 def evaluate_run(job: Job) -> dict[str, Any]:
     """Measure a run's model again, as `fit` did: `perplexity` and `zero_shot` of results.json.
 
@@ -136,10 +142,7 @@ def evaluate_run(job: Job) -> dict[str, Any]:
     check_zero_shot(job.evaluation, job.device)  # before the checkpoint is hashed
     fp, tokenizer = open_original(job)
     sets = fetch_sets(job.evaluation, job.data.seq_len, job.seed, fp, tokenizer)
-    prompt_ids = RunReader(job.run_dir).read_prompt()
-    if prompt_ids is None:
-        prompt_ids = job.prompt.ids(tokenizer, fp.family.config)
-    return measure(fp, job.run_dir / MODEL, tokenizer, prompt_ids, job.evaluation, sets)
+    return measure(fp, job.run_dir / MODEL, tokenizer, prompt_of(job, tokenizer, fp), job.evaluation, sets)
 
 
 def evaluate_checkpoint(

@@ -144,11 +144,10 @@ class RunReader:
                 "several hosts need a directory that they share"
             )
         self.fingerprint, self.files = self._read_manifest()
-        if other := [key for key, value in (asked or {}).items() if self.fingerprint.get(key) != value]:
-            differences = "; ".join(f"{key}: {self.fingerprint.get(key)} → {(asked or {})[key]}" for key in other)
+        if asked is not None and (other := [key for key in asked if self.fingerprint.get(key) != asked[key]]):
             raise UserError(
-                f"a process on {socket.gethostname()} was asked for something else than the first one ({differences}); "
-                "give all the same command and checkpoint"
+                f"a process on {socket.gethostname()} was asked for something else than the first one "
+                f"({differences(self.fingerprint, asked, other)}); give all the same command and checkpoint"
             )
         progress = self._survey(independent)
         self.files = {}  # the first process's; this one names its own
@@ -233,8 +232,8 @@ class RunReader:
             remedy = remedy if changed else f"main.py test measures what it made anew, or {remedy}"
             changed += measured
         if changed:
-            differences = "; ".join(f"{key}: {recorded.get(key)} → {fingerprint.get(key)}" for key in changed)
-            raise UserError(f"run_dir: {self.run_dir} holds a run that differs in {differences}; {remedy}")
+            told = differences(recorded, fingerprint, changed)
+            raise UserError(f"run_dir: {self.run_dir} holds a run that differs in {told}; {remedy}")
 
     def _survey(self, independent: bool) -> Progress:
         """What of the named files is undamaged, and how far that reaches. The rest is forgotten."""
@@ -389,6 +388,11 @@ def changes(recorded: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> tupl
         if recorded.get(key) != fingerprint.get(key):
             parts[key.startswith("evaluation.") or (key.startswith("text/") and key != text)].append(key)
     return parts
+
+
+def differences(recorded: Mapping[str, Any], fingerprint: Mapping[str, Any], keys: Iterable[str]) -> str:
+    """What an error says of keys in which two fingerprints differ."""
+    return "; ".join(f"{key}: {recorded.get(key)} → {fingerprint.get(key)}" for key in keys)
 
 
 def digest_of(fingerprint: Mapping[str, Any], files: Mapping[str, str]) -> str:
